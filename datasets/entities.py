@@ -1,0 +1,53 @@
+"""Each user or item once, with the columns of its side: the rows whose vectors are exported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .files import list_row_groups, read_row_group
+from .schema import InputError, Schema
+
+ROW_GROUP_ROWS = 20_000
+
+
+def _newest_of_each(table: pa.Table, id_column: str, time: str | None) -> pa.Table:
+    """The last row of each id: by time, where rows have one, and by position among equals."""
+    if time is not None:
+        table = table.sort_by(time)  # stable in Arrow: equal times keep their order
+    numbered = table.select([id_column]).append_column("_row", pa.array(np.arange(len(table))))
+    last = numbered.group_by(id_column, use_threads=False).aggregate([("_row", "max")])
+    return table.take(last.column("_row_max"))
+
+
+def write_entities(schema: Schema, files: list[str], id_feature: str, out: Path) -> int:
+    """Write the newest row of each entity, with every column of the id feature's side, to one parquet file.
+
+    Reads row group by row group; memory is bounded by the number of entities.
+
+    Returns:
+        The number of entities.
+    Raises:
+        InputError: null ids, or a column that is not there.
+    """
+    side, id_column = schema.feature(id_feature).side, schema.feature(id_feature).column
+    groups = list_row_groups(files)
+    has_time = schema.data.time is not None and schema.data.time in pq.read_schema(groups[0].path).names
+    time = schema.data.time if has_time else None
+    columns = list(dict.fromkeys([f.column for f in schema.features if f.side == side] + ([time] if time else [])))
+    held: pa.Table | None = None
+    for group in groups:
+        table, where = read_row_group(group, columns)
+        missing = [column for column in columns if column not in table.column_names]
+        if missing:
+            raise InputError(f"{where}: no column '{missing[0]}', which side '{side}' needs")
+        if table.column(id_column).null_count:
+            raise InputError(f"{where}: column '{id_column}' has {table.column(id_column).null_count} nulls; an entity needs an id")
+        held = _newest_of_each(table if held is None else pa.concat_tables([held, table]), id_column, time)
+    assert held is not None
+    out.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(held.sort_by(id_column), out, row_group_size=ROW_GROUP_ROWS, compression="zstd", write_page_checksum=True)
+    return len(held)

@@ -1,0 +1,149 @@
+"""The command line: triptych, also python -m triptych.launch.cli. Exit codes: 0 done, 2 wrong input, 1 a failure."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..datasets.schema import InputError
+
+app = typer.Typer(
+    help="Multi-task recommendation on TorchRec: parquet logs in; CTR, CVR and dwell heads, metrics and retrieval vectors out.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+)  # fmt: skip
+
+Run = Annotated[Path, typer.Option(help="run folder", show_default=False)]
+NumRanks = Annotated[int, typer.Option(min=1, help="processes; one a GPU, or a few on CPU")]
+Data = Annotated[str, typer.Option(help="parquet file, folder or glob; or one relative to the recipe's data.root", show_default=False)]
+
+
+@app.command()
+def synth(
+    out: Annotated[Path, typer.Option(help="folder to write", show_default=False)],
+    rows: Annotated[int, typer.Option(min=1, help="impressions")] = 200_000,
+    seed: Annotated[int, typer.Option(help="same seed, same bytes")] = 0,
+    users: Annotated[int | None, typer.Option(min=1, help="number of users")] = None,
+    items: Annotated[int | None, typer.Option(min=1, help="number of items")] = None,
+) -> None:
+    """Write a synthetic world whose true probabilities are known."""
+    from ..datasets.world import World, write_world
+
+    sizes = {name: value for name, value in (("users", users), ("items", items)) if value is not None}
+    try:
+        world = World(rows=rows, seed=seed, **sizes)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    counts = write_world(world, out)
+    print(f"{out}: {', '.join(f'{name} {count:,}' for name, count in counts.items())}")
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Option(help="recipe file, or the name of a bundled one", show_default=False)],
+    run: Run,
+    ranks: NumRanks = 1,
+    set: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="override a recipe key; repeatable")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the run's last checkpoint")] = False,
+) -> None:
+    """Train a recipe on this machine. On a cluster: torchx run -s SCHEDULER launch/component.py:train -- ..."""
+    from . import stack
+
+    stack.check()
+    from .config import load_recipe, save_recipe
+    from .inference import check_data
+    from .run_folder import claim
+
+    resolved = load_recipe(recipe, set or [])
+    check_data(resolved)
+    claim(run, resume=resume)
+    save_recipe(resolved, run / "recipe.toml")
+    _launch("train", {"recipe": run / "recipe.toml", "run": run, "resume": resume}, ranks, run)
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    data: Data,
+    json: Annotated[Path | None, typer.Option(help="write the metrics here too")] = None,
+    ranks: NumRanks = 1,
+) -> None:
+    """Metrics of a run on rows with labels."""
+    _check_run(run)
+    _launch("evaluate", {"run": run, "data": data, "json": json}, ranks, run)
+
+
+@app.command()
+def predict(
+    run: Run, data: Data, out: Annotated[Path, typer.Option(help="parquet file to write", show_default=False)], ranks: NumRanks = 1
+) -> None:
+    """Predictions in input row order, one column a task."""
+    _check_run(run)
+    _launch("predict", {"run": run, "data": data, "out": out}, ranks, run)
+
+
+@app.command()
+def export(run: Run, out: Annotated[Path, typer.Option(help="folder to write", show_default=False)], ranks: NumRanks = 1) -> None:
+    """User and item vectors, and an index over the items."""
+    _check_run(run)
+    _launch("export", {"run": run, "out": out}, ranks, run)
+
+
+@app.command()
+def search(
+    index: Annotated[Path, typer.Option(help="folder of an export", show_default=False)],
+    user: Annotated[str, typer.Option(help="user id", show_default=False)],
+    k: Annotated[int, typer.Option("-k", "--k", min=1, help="number of items")] = 10,
+    json: Annotated[bool, typer.Option("--json", help="one JSON line instead of a table")] = False,
+) -> None:
+    """The k items whose vectors have the largest inner product with a user's."""
+    from .search import search as best_items
+
+    found = best_items(index, user, k)
+    if json:
+        print(jsonlib.dumps([{"item": item, "score": score} for item, score in found]))
+        return
+    table = Table("rank", "item", "score", title=f"user {user}", title_justify="left")
+    for rank, (item, score) in enumerate(found, 1):
+        table.add_row(str(rank), str(item), f"{score:.4f}")
+    Console().print(table)
+
+
+def _check_run(run: Path) -> None:
+    from . import stack
+
+    stack.check()
+    from .run_folder import read_recipe
+
+    read_recipe(run)
+
+
+def _launch(command: str, options: dict[str, object], ranks: int, run: Path) -> None:
+    from .local import launch
+
+    given = {key: value for key, value in options.items() if value not in (None, False)}
+    launch(command, [part for key, value in given.items() for part in (f"--{key}", str(value))], ranks=ranks, log_dir=run / "logs")
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point. Wrong input is one line on stderr and exit code 2; a failure of ranks is one line and exit code 1."""
+    from .local import RanksFailed
+
+    try:
+        app(args)
+    except InputError as error:
+        print(f"triptych: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RanksFailed as error:
+        print(f"triptych: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

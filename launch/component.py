@@ -1,0 +1,132 @@
+"""TorchX components: torchx run -s SCHEDULER launch/component.py:train -- --recipe R --run DIR --nodes 2 --ranks 8
+
+TorchX executes this file outside the package, so it imports nothing of ours.
+"""
+
+from typing import Dict, List, Optional
+
+import torchx.specs as specs
+from torchx.components.dist import ddp
+
+
+def train(
+    recipe: str,
+    run: str,
+    set: Optional[List[str]] = None,
+    resume: bool = False,
+    nodes: int = 1,
+    ranks: int = 1,
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 4096,
+    h: Optional[str] = None,
+    image: str = "",
+    env: Optional[Dict[str, str]] = None,
+    max_retries: int = 0,
+    rdzv_port: int = 29500,
+) -> specs.AppDef:
+    """Train a recipe over nodes x ranks processes.
+
+    Args:
+        recipe: recipe file, as every node sees it
+        run: run folder, on storage that every node sees
+        set: overrides, key=value, separated by commas
+        resume: go on from the last checkpoint of the run
+        nodes: number of nodes
+        ranks: processes a node; one a GPU
+        cpu: CPUs a node
+        gpu: GPUs a node
+        memMB: memory a node, in MB
+        h: named resource, instead of cpu, gpu and memMB
+        image: image, for schedulers that run one
+        env: environment variables, A=1,B=2
+        max_retries: how often the scheduler may restart the job
+        rdzv_port: port of the first node where ranks meet
+    """
+    args = ["--recipe", recipe, "--run-dir", run, *(part for override in set or [] for part in ("--set", override))]
+    return _ranks("train", args + (["--resume"] if resume else []), nodes, ranks, cpu, gpu, memMB, h, image, env, max_retries, rdzv_port)
+
+
+def evaluate(
+    run: str, data: str, json: str = "", nodes: int = 1, ranks: int = 1, cpu: int = 2, gpu: int = 0, memMB: int = 4096,
+    h: Optional[str] = None, image: str = "", env: Optional[Dict[str, str]] = None, max_retries: int = 0, rdzv_port: int = 29500,
+) -> specs.AppDef:  # fmt: skip
+    """Metrics of a run on data with labels.
+
+    Args:
+        run: run folder
+        data: parquet file, folder or glob
+        json: where to write the metrics
+        nodes: number of nodes
+        ranks: processes a node
+        cpu: CPUs a node
+        gpu: GPUs a node
+        memMB: memory a node, in MB
+        h: named resource
+        image: image
+        env: environment variables
+        max_retries: restarts
+        rdzv_port: port of the first node
+    """
+    args = ["--run-dir", run, "--data", data] + (["--json", json] if json else [])
+    return _ranks("evaluate", args, nodes, ranks, cpu, gpu, memMB, h, image, env, max_retries, rdzv_port)
+
+
+def predict(
+    run: str, data: str, out: str, nodes: int = 1, ranks: int = 1, cpu: int = 2, gpu: int = 0, memMB: int = 4096,
+    h: Optional[str] = None, image: str = "", env: Optional[Dict[str, str]] = None, max_retries: int = 0, rdzv_port: int = 29500,
+) -> specs.AppDef:  # fmt: skip
+    """Predictions of a run, one column a task, in input row order.
+
+    Args:
+        run: run folder
+        data: parquet file, folder or glob
+        out: parquet file to write
+        nodes: number of nodes
+        ranks: processes a node
+        cpu: CPUs a node
+        gpu: GPUs a node
+        memMB: memory a node, in MB
+        h: named resource
+        image: image
+        env: environment variables
+        max_retries: restarts
+        rdzv_port: port of the first node
+    """
+    return _ranks(
+        "predict", ["--run-dir", run, "--data", data, "--out", out], nodes, ranks, cpu, gpu, memMB, h, image, env, max_retries, rdzv_port
+    )
+
+
+def export(
+    run: str, out: str, nodes: int = 1, ranks: int = 1, cpu: int = 2, gpu: int = 0, memMB: int = 4096,
+    h: Optional[str] = None, image: str = "", env: Optional[Dict[str, str]] = None, max_retries: int = 0, rdzv_port: int = 29500,
+) -> specs.AppDef:  # fmt: skip
+    """User and item vectors of a run, and a retrieval index.
+
+    Args:
+        run: run folder
+        out: folder to write
+        nodes: number of nodes
+        ranks: processes a node
+        cpu: CPUs a node
+        gpu: GPUs a node
+        memMB: memory a node, in MB
+        h: named resource
+        image: image
+        env: environment variables
+        max_retries: restarts
+        rdzv_port: port of the first node
+    """
+    return _ranks("export", ["--run-dir", run, "--out", out], nodes, ranks, cpu, gpu, memMB, h, image, env, max_retries, rdzv_port)
+
+
+def _ranks(
+    command: str, args: List[str], nodes: int, ranks: int, cpu: int, gpu: int, memMB: int, h: Optional[str], image: str,
+    env: Optional[Dict[str, str]], max_retries: int, rdzv_port: int,
+) -> specs.AppDef:  # fmt: skip
+    # --run-dir, not --run: torchrun would take that for its own --run-path.
+    return ddp(
+        *args, m=f"triptych.launch.{command}", name=f"triptych/{command}", j=f"{nodes}x{ranks}", cpu=cpu, gpu=gpu, memMB=memMB, h=h,
+        image=image or ".", env=env, max_retries=max_retries, rdzv_port=rdzv_port,
+    )  # fmt: skip

@@ -1,0 +1,160 @@
+"""The recipe: a TOML file -> one frozen, checked object. Each section lives beside the code that reads it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, get_args
+
+import tomli_w
+from pydantic import BaseModel, ValidationError, model_validator
+
+from ..datasets.schema import DataSection, Feature, InputError, Schema, Section, nearest
+from ..embeddings.tables import EmbeddingTable, table_configs
+from ..mmoe.balance import BalanceSection
+from ..mmoe.heads import Task
+from ..mmoe.model import ModelSection, RetrievalSection
+from .checkpoint import CheckpointSection
+from .sections import TrainSection
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+BUNDLED = Path(__file__).parent / "recipes"
+
+
+class Recipe(Section):
+    """Everything a run depends on. `--set a.b=c` overrides any key."""
+
+    name: str = "run"
+    data: DataSection
+    tables: tuple[EmbeddingTable, ...]
+    features: tuple[Feature, ...]
+    tasks: tuple[Task, ...]
+    model: ModelSection = ModelSection()
+    retrieval: RetrievalSection | None = None
+    balance: BalanceSection = BalanceSection()
+    train: TrainSection = TrainSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if not self.tasks:
+            raise ValueError("the recipe has no [[tasks]]")
+        if not any(feature.is_id for feature in self.features):
+            raise ValueError("the recipe has no feature of kind 'id' or 'ids'; without tables there is nothing to shard")
+        table_configs(self.tables, self.data_schema)
+        if self.retrieval is not None:
+            self.retrieval.check(self.data_schema)
+        self.train.check_monitor(self.tasks)
+        return self
+
+    @cached_property
+    def data_schema(self) -> Schema:
+        return Schema(self.data, self.tables, self.features, self.tasks)
+
+
+def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override and check a recipe.
+
+    Args:
+        source: a TOML file, or the name of a bundled recipe.
+        overrides: `a.b=c` each. c is a TOML value or, failing that, a string. Parts of lists go by name: `tasks.ctr.weight=2`.
+    Raises:
+        InputError: names the file, the key, and what is allowed.
+    """
+    path = Path(source)
+    if not path.exists() and (BUNDLED / f"{source}.toml").exists():
+        path = BUNDLED / f"{source}.toml"
+    if not path.is_file():
+        bundled = sorted(p.stem for p in BUNDLED.glob("*.toml"))
+        raise InputError(f"no such recipe: {source}{nearest(str(source), bundled)}; give a file, or one of {', '.join(bundled)}")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid TOML: {error}") from error
+    for override in overrides:
+        apply_override(values, override)
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"{path}: {explain(error, values)}") from error
+    root = str(Path(recipe.data.root).expanduser().resolve())
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": root})})
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write the resolved recipe; reading it back gives the same recipe."""
+    path.write_text(tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set one dotted key in place.
+
+    Raises:
+        InputError: no `=`, or a list part that is not there.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise InputError(f"--set {override}: write key=value, as in train.lr=0.001")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, last = key.strip().split(".")
+    place: Any = values
+    for part in parents:
+        place = _element(place, part, override) if isinstance(place, list) else place.setdefault(part, {})
+        if not isinstance(place, dict | list):
+            raise InputError(f"--set {override}: '{part}' is a value, not a section")
+    if isinstance(place, list):
+        raise InputError(f"--set {override}: '{parents[-1]}' is a list; name one of its parts, as in {parents[-1]}.NAME.{last}")
+    place[last] = value
+
+
+def _element(parts: list[Any], name: str, override: str) -> Any:
+    names = [part.get("name") for part in parts if isinstance(part, dict)]
+    if name in names:
+        return parts[names.index(name)]
+    raise InputError(f"--set {override}: nothing is named '{name}'{nearest(name, map(str, names))}")
+
+
+def explain(error: ValidationError, values: dict[str, Any]) -> str:
+    """The first error of a validation as one line: the key as the user wrote it, what is wrong, what is allowed."""
+    first = error.errors(include_url=False)[0]
+    key = _dotted(first["loc"], values)
+    if first["type"] == "extra_forbidden":
+        allowed = _allowed_keys(first["loc"][:-1])
+        return f"unknown key '{key}'{nearest(str(first['loc'][-1]), allowed)}; allowed: {', '.join(allowed)}"
+    if first["type"] == "missing":
+        return f"missing key '{key}'"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{key}: {message}" if key and not any(isinstance(part, int) for part in first["loc"]) else message
+    return f"{key} = {first['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _dotted(location: tuple[int | str, ...], values: Any) -> str:
+    parts: list[str] = []
+    for part in location:
+        named = isinstance(part, int) and isinstance(values, list) and part < len(values) and isinstance(values[part], dict)
+        parts.append(str(values[part].get("name", part)) if named else str(part))
+        try:
+            values = values[part]
+        except (KeyError, IndexError, TypeError):
+            values = None
+    return ".".join(parts)
+
+
+def _allowed_keys(location: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for part in location:
+        if isinstance(part, str) and part in model.model_fields:
+            annotation = model.model_fields[part].annotation
+            candidates = [annotation, *get_args(annotation)]
+            model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(model.model_fields)

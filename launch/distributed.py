@@ -1,0 +1,107 @@
+"""One rank: its process group, device and threads, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ..datasets.schema import InputError
+from .console import FAILURE_FILE
+from .stack import has_cuda_kernels
+
+TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def _device(local_rank: int, local_world_size: int) -> torch.device:
+    if not (torch.cuda.is_available() and has_cuda_kernels()):
+        return torch.device("cpu")
+    if local_world_size > torch.cuda.device_count():
+        raise InputError(f"{local_world_size} ranks on this node, but it has {torch.cuda.device_count()} GPUs; use one rank a GPU")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _quiet_the_stack() -> None:
+    """Drop what the packages below say to their own developers; what remains is for the user."""
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*(DTensor|deprecated)")
+    logging.getLogger("torchrec").setLevel(logging.ERROR)
+    logging.getLogger("torch.fx").setLevel(logging.ERROR)
+
+
+@contextmanager
+def process_group() -> Iterator[Ranks]:
+    """Join the ranks that torchrun started, or be the only one. gloo serves CPU tensors, nccl CUDA tensors."""
+    _quiet_the_stack()
+    world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    local_rank, local_world_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    device = _device(local_rank, local_world_size)
+    # torchrun sets one thread a rank; the machine's cores are there to be shared out.
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+    try:
+        yield Ranks(rank, world_size, local_rank, local_world_size, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def run_rank(work: Callable[[], None]) -> None:
+    """Run one rank's work as a process's main: wrong input exits with 2 and one line, anything else with 1 and a traceback."""
+    try:
+        work()
+    except InputError as error:
+        if not leave_reason("input", str(error)):
+            print(f"triptych: {error}", file=sys.stderr, flush=True)
+        os._exit(2)  # other ranks may wait in a collective, and so would an orderly exit
+    except Exception as error:
+        leave_reason("failure", f"{type(error).__name__}: {error}")
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def leave_reason(kind: str, message: str) -> bool:
+    """Tell whoever launched this rank why it fails; False if nobody asked.
+
+    The first failure is kept: it is the cause, other ranks' follow from it.
+    """
+    path = os.environ.get(FAILURE_FILE)
+    if path is None:
+        return False
+    try:
+        with Path(path).open("x", encoding="utf-8") as file:
+            json.dump({"kind": kind, "message": " ".join(message.split()), "rank": int(os.environ.get("RANK", "0"))}, file)
+    except FileExistsError:
+        pass
+    return True

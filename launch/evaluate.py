@@ -1,0 +1,39 @@
+"""One rank of evaluation: torchrun -m triptych.launch.evaluate --run DIR --data PATH [--json FILE]"""
+
+from . import stack
+
+stack.check()
+
+from pathlib import Path  # noqa: E402
+from typing import Annotated  # noqa: E402
+
+import typer  # noqa: E402
+
+from .console import ProgressLines, say, summary  # noqa: E402
+from .distributed import process_group, run_rank  # noqa: E402
+from .inference import Split  # noqa: E402
+from .records import write_json  # noqa: E402
+from .run_folder import load_run, read_recipe  # noqa: E402
+
+
+def main(
+    run: Annotated[Path, typer.Option("--run", "--run-dir")],
+    data: Annotated[str, typer.Option()],
+    json: Annotated[Path | None, typer.Option()] = None,
+) -> None:
+    def work() -> None:
+        recipe = read_recipe(run)
+        with process_group() as ranks:
+            split = Split(Path(data).stem, recipe.data_schema, recipe.tasks, data, ranks)
+            built, step = load_run(run, recipe, ranks)
+            metrics = split.evaluate(built.model, step, ProgressLines("evaluate", ranks.is_first))
+            if metrics is not None:
+                say(f"{split.name}, {metrics['rows']} rows, step {step}: {summary(metrics)}")
+                if json is not None:
+                    write_json(json, metrics)
+
+    run_rank(work)
+
+
+if __name__ == "__main__":
+    typer.run(main)

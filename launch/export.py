@@ -1,0 +1,117 @@
+"""One rank of export: torchrun -m triptych.launch.export --run DIR --out DIR
+
+OUT/users/part_R.parquet  OUT/items/part_R.parquet   ids and vectors, a part a rank
+OUT/items.faiss  OUT/item_ids.parquet                the index, and the item id of each of its positions
+OUT/export.json                                      what it was made from
+"""
+
+from . import stack
+
+stack.check()
+
+import shutil  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Annotated  # noqa: E402
+
+import pyarrow.parquet as pq  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import typer  # noqa: E402
+
+from ..datasets.batch import Batch  # noqa: E402
+from ..datasets.entities import write_entities  # noqa: E402
+from ..datasets.files import list_row_groups  # noqa: E402
+from ..datasets.schema import InputError  # noqa: E402
+from ..embeddings.index import save_index  # noqa: E402
+from ..embeddings.vectors import read_all, write_part  # noqa: E402
+from .build import Built  # noqa: E402
+from .config import Recipe  # noqa: E402
+from .console import ProgressLines, say  # noqa: E402
+from .distributed import Ranks, process_group, run_rank  # noqa: E402
+from .inference import entity_loader, run_rows, split_files  # noqa: E402
+from .records import write_json  # noqa: E402
+from .run_folder import load_run, read_recipe  # noqa: E402
+from .search import FACTS  # noqa: E402
+
+
+def side_vectors(built: Built, side: str) -> Callable[[Batch], torch.Tensor]:
+    """Batch -> vectors [B, D] of one side. Looks all tables up, so every rank must call it as often."""
+    model = built.task.model
+
+    def compute(batch: Batch) -> torch.Tensor:
+        return model.tower.encoders[side](model.lookup(batch.ids), batch.dense_BD)
+
+    return compute
+
+
+def export_side(side: str, recipe: Recipe, built: Built, ranks: Ranks, out: Path) -> int:
+    """Write the vectors of every user, or of every item. Collective.
+
+    Returns:
+        The number of entities.
+    """
+    assert recipe.retrieval is not None
+    schema, data = recipe.data_schema, recipe.data
+    id_feature = recipe.retrieval.user if side == "user" else recipe.retrieval.item
+    source = data.items if side == "item" and data.items else data.train
+    if source is None:
+        raise InputError(f"the recipe has no data.train to take {side}s from")
+    entities = out / f"{side}s_rows.parquet"
+    if ranks.is_first:
+        write_entities(schema, split_files(schema, source), id_feature, entities)
+    dist.barrier()
+    others = [f.name for f in schema.features if f.side != side]
+    loader = entity_loader(schema, list_row_groups([str(entities)]), ranks, skip_features=others)
+    built.model.eval()
+    row_R, vector_RD = run_rows(side_vectors(built, side), loader, ranks, ProgressLines(f"{side}s", ranks.is_first))
+    real = row_R >= 0
+    ids = pq.read_table(entities, columns=[schema.feature(id_feature).column]).column(0).combine_chunks()
+    write_part(out / f"{side}s", ranks.rank, id_feature, ids.take(row_R[real].numpy()), vector_RD[real].numpy())
+    dist.barrier()
+    if ranks.is_first:
+        entities.unlink()
+    return loader.num_rows
+
+
+def export(run: Path, out: Path, ranks: Ranks) -> None:
+    """Vectors, index and facts, written beside and renamed when whole. Collective."""
+    recipe = read_recipe(run)
+    if recipe.retrieval is None:
+        raise InputError(f"{run}: its recipe has no [retrieval] section, so the model has no user and item vectors")
+    if out.exists() and not (out / FACTS).is_file() and any(out.iterdir()):
+        raise InputError(f"{out} is not empty and holds no export; choose another --out")
+    built, step = load_run(run, recipe, ranks)
+    writing = out.with_name(out.name + ".writing")
+    if ranks.is_first:
+        shutil.rmtree(writing, ignore_errors=True)
+        writing.mkdir(parents=True)
+    dist.barrier()
+    counts = {f"{side}s": export_side(side, recipe, built, ranks, writing) for side in ("user", "item")}
+    if not ranks.is_first:
+        return
+    ids, vector_ND = read_all(writing / "items", recipe.retrieval.item)
+    save_index(writing, ids, vector_ND)
+    facts = {
+        "user": recipe.retrieval.user,
+        "item": recipe.retrieval.item,
+        "dim": recipe.retrieval.dim,
+        "step": step,
+        "score": "inner product",
+    }
+    write_json(writing / FACTS, facts | counts)
+    shutil.rmtree(out, ignore_errors=True)
+    writing.rename(out)
+    say(f"{counts['users']} users and {counts['items']} items x {recipe.retrieval.dim} from step {step} in {out}")
+
+
+def main(run: Annotated[Path, typer.Option("--run", "--run-dir")], out: Annotated[Path, typer.Option()]) -> None:
+    def work() -> None:
+        with process_group() as ranks:
+            export(run, out, ranks)
+
+    run_rank(work)
+
+
+if __name__ == "__main__":
+    typer.run(main)

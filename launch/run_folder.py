@@ -1,0 +1,60 @@
+"""A run folder: what is in it, who may write to it, and which of its checkpoints to use.
+
+recipe.toml  plan.json  metrics.jsonl  tensorboard/  checkpoints/step_N/  result.json  logs/
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..datasets.schema import InputError
+from .build import Built, build, load_model
+from .checkpoint import Reader, committed
+from .config import Recipe, load_recipe
+from .distributed import Ranks
+
+
+def claim(run: Path, *, resume: bool) -> None:
+    """Make a run folder, or go on in one.
+
+    Raises:
+        InputError: it holds checkpoints and `resume` was not asked for, or it cannot be made.
+    """
+    if not resume and committed(run / "checkpoints"):
+        raise InputError(f"{run} already holds a trained run; add --resume to go on with it, or choose another --run")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{run}: cannot make the run folder ({error.strerror})") from error
+
+
+def read_recipe(run: Path) -> Recipe:
+    """The resolved recipe of a run.
+
+    Raises:
+        InputError: no run there, or one without a checkpoint.
+    """
+    if not (run / "recipe.toml").is_file():
+        raise InputError(f"{run}: no run there (no recipe.toml); train one with: triptych train --run {run}")
+    if not committed(run / "checkpoints"):
+        raise InputError(f"{run}: the run has no checkpoint yet")
+    return load_recipe(run / "recipe.toml")
+
+
+def chosen_checkpoint(run: Path) -> Path:
+    """The best checkpoint of a finished run, or the newest of one that goes on."""
+    newest = committed(run / "checkpoints")[-1]
+    try:
+        best = run / "checkpoints" / f"step_{json.loads((run / 'result.json').read_text(encoding='utf-8'))['step']}"
+    except (OSError, ValueError, KeyError):
+        return newest
+    return best if best in committed(run / "checkpoints") else newest
+
+
+def load_run(run: Path, recipe: Recipe, ranks: Ranks) -> tuple[Built, int]:
+    """Build the run's model on these ranks and fill it; returns it with the step of its checkpoint. Collective."""
+    built = build(recipe, ranks)
+    reader = Reader(chosen_checkpoint(run))
+    load_model(built, reader)
+    return built, int(reader.manifest["step"])

@@ -1,0 +1,52 @@
+"""`[train]`: how long, how fast, how often to look."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from ..datasets.schema import Label, Section, nearest
+from ..embeddings.optimizer import TableOptimizer
+
+METRICS = {"binary": ("auc", "gauc", "ne", "logloss"), "duration": ("mae", "rmse", "xauc")}
+BETTER_WHEN_LARGE = {"auc", "gauc", "xauc"}
+
+
+class TrainSection(Section):
+    """`[train]`."""
+
+    epochs: PositiveInt = 1
+    lr: PositiveFloat = 0.001
+    """Adam's learning rate, for everything but tables."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled (AdamW), for everything but tables."""
+    embedding_lr: PositiveFloat = 0.02
+    embedding_optimizer: TableOptimizer = "rowwise_adagrad"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the tower's matrix products; tables, losses and optimizers stay fp32."""
+    seed: int = 0
+    log_every: PositiveInt = 20
+    """Steps between two lines of metrics.jsonl."""
+    evaluate_every: NonNegativeInt = 0
+    """Steps between two evaluations on `valid`; 0: at the end of every epoch."""
+    patience: NonNegativeInt = 0
+    """Stop after this many evaluations in a row without a better `monitor`; 0: never. The best one is kept in any case."""
+    monitor: str | None = None
+    """Metric that says which evaluation is best, as in "ctr.auc"; the first task's AUC (XAUC for a duration), unless given."""
+
+    def watched(self, tasks: Sequence[Label]) -> tuple[str, str]:
+        """(task, metric) of the monitor."""
+        if self.monitor is None:
+            return tasks[0].name, "auc" if tasks[0].kind == "binary" else "xauc"
+        task, _, metric = self.monitor.rpartition(".")
+        return task, metric
+
+    def check_monitor(self, tasks: Sequence[Label]) -> None:
+        task, metric = self.watched(tasks)
+        kinds = {label.name: label.kind for label in tasks}
+        if task not in kinds:
+            raise ValueError(f"train.monitor = '{self.monitor}': no task '{task}'{nearest(task, kinds)}")
+        if metric not in METRICS[kinds[task]]:
+            raise ValueError(f"train.monitor = '{self.monitor}': metric must be one of {', '.join(METRICS[kinds[task]])}")

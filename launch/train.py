@@ -1,0 +1,38 @@
+"""One rank of training: torchrun -m triptych.launch.train --recipe R --run DIR [--set a.b=c ...] [--resume]"""
+
+from . import stack
+
+stack.check()
+
+from pathlib import Path  # noqa: E402
+from typing import Annotated  # noqa: E402
+
+import typer  # noqa: E402
+
+from .config import load_recipe, save_recipe  # noqa: E402
+from .distributed import process_group, run_rank  # noqa: E402
+from .inference import check_data  # noqa: E402
+from .run_folder import claim  # noqa: E402
+from .trainer import Trainer  # noqa: E402
+
+
+def main(
+    recipe: Annotated[str, typer.Option()],
+    run: Annotated[Path, typer.Option("--run", "--run-dir")],
+    set: Annotated[list[str] | None, typer.Option()] = None,
+    resume: Annotated[bool, typer.Option("--resume")] = False,
+) -> None:
+    def work() -> None:
+        resolved = load_recipe(recipe, set or [])
+        check_data(resolved)
+        with process_group() as ranks:
+            if ranks.is_first:
+                claim(run, resume=resume)
+                save_recipe(resolved, run / "recipe.toml")
+            Trainer(resolved, run, ranks, resume=resume).fit()
+
+    run_rank(work)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,58 @@
+# make demo     everything once, from nothing: set-up, data, training on two ranks, evaluation, export, search
+# make test     set-up and all tests            make lint    format, lint and types
+# make install  set-up alone; DEVICE=cuda on a GPU machine
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format clean
+
+PYTHON ?= python3
+DEVICE ?= cpu
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+STAMP  := $(VENV)/installed-$(DEVICE)
+
+# These three fit together; any other pair dies on import. torchrec comes without its dependencies, because it asks for the
+# CUDA build of FBGEMM, which would overwrite the CPU build.
+TORCH      := torch==2.13.0
+TORCHREC   := torchrec==1.8.0
+FBGEMM_cpu := fbgemm-gpu-cpu==1.8.0
+FBGEMM_cuda := fbgemm-gpu==1.8.0
+# Where pip looks for torch, if not where it always looks: the CPU build is 200 MB, the default one on Linux several GB.
+TORCH_INDEX ?=
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+install: $(STAMP)
+
+$(STAMP): Makefile pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "triptych needs Python 3.10 or newer; give one with: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@test -n "$(FBGEMM_$(DEVICE))" || { echo "DEVICE=$(DEVICE): use cpu or cuda" >&2; exit 1; }
+	@echo "setting up $(VENV) for $(DEVICE) (a few minutes the first time)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) uninstall -q -y fbgemm-gpu fbgemm-gpu-cpu 2>/dev/null
+	$(PIP) install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	$(PIP) install -q --no-deps $(TORCHREC) $(FBGEMM_$(DEVICE))
+	$(PIP) install -q -e '.[dev]'
+	$(BIN)/triptych --help > /dev/null
+	@rm -f $(VENV)/installed-*
+	@touch $@
+
+demo: install
+	$(BIN)/triptych demo --run runs/demo
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	@mkdir -p .mypy_cache/as && ln -sfn ../.. .mypy_cache/as/triptych
+	cd .mypy_cache/as && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p triptych.datasets -p triptych.embeddings -p triptych.mmoe -p triptych.launch
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

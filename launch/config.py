@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
@@ -50,10 +49,10 @@ class Recipe(Section):
         table_configs(self.tables, self.data_schema)
         if self.retrieval is not None:
             self.retrieval.check(self.data_schema)
-        self.train.check_monitor(self.tasks)
+        self.train.check_monitor(self.tasks, self.data)
         return self
 
-    @cached_property
+    @property
     def data_schema(self) -> Schema:
         return Schema(self.data, self.tables, self.features, self.tasks)
 
@@ -68,7 +67,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         InputError: names the file, the key, and what is allowed.
     """
     path = Path(source)
-    if not path.exists() and (BUNDLED / f"{source}.toml").exists():
+    if not path.is_file() and (BUNDLED / f"{source}.toml").exists():
         path = BUNDLED / f"{source}.toml"
     if not path.is_file():
         bundled = sorted(p.stem for p in BUNDLED.glob("*.toml"))
@@ -134,13 +133,16 @@ def explain(error: ValidationError, values: dict[str, Any]) -> str:
         return f"missing key '{key}'"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
-        return f"{key}: {message}" if key and not any(isinstance(part, int) for part in first["loc"]) else message
+        # The recipe as a whole and the parts of its lists name themselves.
+        return message if not key or isinstance(first["loc"][-1], int) else f"{key}: {message}"
     return f"{key} = {first['input']!r}: {message[0].lower()}{message[1:]}"
 
 
 def _dotted(location: tuple[int | str, ...], values: Any) -> str:
     parts: list[str] = []
     for part in location:
+        if isinstance(part, str) and not isinstance(values, dict):
+            break  # pydantic's name for one of a key's types
         named = isinstance(part, int) and isinstance(values, list) and part < len(values) and isinstance(values[part], dict)
         parts.append(str(values[part].get("name", part)) if named else str(part))
         try:
@@ -155,6 +157,6 @@ def _allowed_keys(location: tuple[int | str, ...]) -> list[str]:
     for part in location:
         if isinstance(part, str) and part in model.model_fields:
             annotation = model.model_fields[part].annotation
-            candidates = [annotation, *get_args(annotation)]
+            candidates = get_args(annotation) or [annotation]
             model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
     return list(model.model_fields)

@@ -49,7 +49,7 @@ def _device(local_rank: int, local_world_size: int) -> torch.device:
     return device
 
 
-def _quiet_the_stack() -> None:
+def quiet_the_stack() -> None:
     """Drop what the packages below say to their own developers; what remains is for the user."""
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*(DTensor|deprecated)")
     logging.getLogger("torchrec").setLevel(logging.ERROR)
@@ -59,7 +59,7 @@ def _quiet_the_stack() -> None:
 @contextmanager
 def process_group() -> Iterator[Ranks]:
     """Join the ranks that torchrun started, or be the only one. gloo serves CPU tensors, nccl CUDA tensors."""
-    _quiet_the_stack()
+    quiet_the_stack()
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     local_rank, local_world_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     device = _device(local_rank, local_world_size)

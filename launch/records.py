@@ -28,10 +28,11 @@ class Records:
         self.path = run / "metrics.jsonl"
         kept = [line for line in self._lines() if json.loads(line)["step"] <= from_step] if from_step else []
         self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=from_step or None)
+        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=from_step + 1)
 
     def _lines(self) -> list[str]:
-        return self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        # What follows the last line end is nothing, or half a line that a kill left.
+        return self.path.read_text(encoding="utf-8").split("\n")[:-1] if self.path.exists() else []
 
     def write(self, record: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from ..datasets.schema import Label, Section, nearest
+from ..datasets.schema import DataSection, Label, Section, nearest
 from ..embeddings.optimizer import TableOptimizer
 
 METRICS = {"binary": ("auc", "gauc", "ne", "logloss"), "duration": ("mae", "rmse", "xauc")}
@@ -43,10 +43,12 @@ class TrainSection(Section):
         task, _, metric = self.monitor.rpartition(".")
         return task, metric
 
-    def check_monitor(self, tasks: Sequence[Label]) -> None:
+    def check_monitor(self, tasks: Sequence[Label], data: DataSection) -> None:
         task, metric = self.watched(tasks)
         kinds = {label.name: label.kind for label in tasks}
         if task not in kinds:
             raise ValueError(f"train.monitor = '{self.monitor}': no task '{task}'{nearest(task, kinds)}")
         if metric not in METRICS[kinds[task]]:
             raise ValueError(f"train.monitor = '{self.monitor}': metric must be one of {', '.join(METRICS[kinds[task]])}")
+        if metric == "gauc" and data.group is None:
+            raise ValueError(f"train.monitor = '{self.monitor}' needs data.group")

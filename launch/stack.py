@@ -26,14 +26,14 @@ def mismatch(torch: str | None, torchrec: str | None, fbgemm_cpu: str | None, fb
             name for name, v in (("torch", torch), ("torchrec", torchrec), ("fbgemm-gpu-cpu", fbgemm_cpu or fbgemm_cuda)) if v is None
         ]
         return f"not installed: {', '.join(missing)}; run 'make install', or 'make install DEVICE=cuda' on a GPU machine"
-    if fbgemm_cpu is not None and fbgemm_cuda is not None:
-        return (
-            "fbgemm-gpu and fbgemm-gpu-cpu are both installed and overwrite each other; uninstall both, "
-            f"then: pip install --no-deps fbgemm-gpu-cpu=={fbgemm_cpu} (or fbgemm-gpu=={fbgemm_cpu} on a GPU machine)"
-        )
     wanted = FITTING.get(_minor(torch))
     if wanted is None:
         return f"torch {torch} is not supported; install one of torch {', '.join(f'{t} with torchrec {r}' for t, r in FITTING.items())}"
+    if fbgemm_cpu is not None and fbgemm_cuda is not None:
+        return (
+            "fbgemm-gpu and fbgemm-gpu-cpu are both installed and overwrite each other; uninstall both, "
+            f"then: pip install --no-deps fbgemm-gpu-cpu=={wanted}.0 (or fbgemm-gpu=={wanted}.0 on a GPU machine)"
+        )
     package = "fbgemm-gpu-cpu" if fbgemm_cpu is not None else "fbgemm-gpu"
     for name, found in ((package, fbgemm_cpu or fbgemm_cuda), ("torchrec", torchrec)):
         if found is not None and _minor(found) != wanted:

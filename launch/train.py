@@ -9,10 +9,9 @@ from typing import Annotated  # noqa: E402
 
 import typer  # noqa: E402
 
-from .config import load_recipe, save_recipe  # noqa: E402
+from .config import load_recipe  # noqa: E402
 from .distributed import process_group, run_rank  # noqa: E402
 from .inference import check_data  # noqa: E402
-from .run_folder import claim  # noqa: E402
 from .trainer import Trainer  # noqa: E402
 
 
@@ -26,9 +25,6 @@ def main(
         resolved = load_recipe(recipe, set or [])
         check_data(resolved)
         with process_group() as ranks:
-            if ranks.is_first:
-                claim(run, resume=resume)
-                save_recipe(resolved, run / "recipe.toml")
             Trainer(resolved, run, ranks, resume=resume).fit()
 
     run_rank(work)

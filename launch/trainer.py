@@ -16,11 +16,12 @@ from ..datasets.row_groups import ReadingPosition, fingerprint
 from ..datasets.schema import InputError
 from . import checkpoint
 from .build import build, load_model, load_optimizers, model_state, optimizer_state
-from .config import Recipe
+from .config import Recipe, save_recipe
 from .console import ProgressLines, say, summary
 from .distributed import Ranks
 from .inference import Split, split_files
 from .records import Records, write_json
+from .run_folder import claim
 from .sections import BETTER_WHEN_LARGE
 
 
@@ -34,6 +35,9 @@ class Trainer:
     def __init__(self, recipe: Recipe, run: Path, ranks: Ranks, *, resume: bool) -> None:
         self.recipe, self.section, self.run, self.ranks = recipe, recipe.train, run, ranks
         self.checkpoints = run / "checkpoints"
+        if ranks.is_first:
+            claim(run, resume=resume)
+            save_recipe(recipe, run / "recipe.toml")
         self.loader = self._train_loader()
         self.valid = Split("valid", recipe.data_schema, recipe.tasks, recipe.data.valid, ranks) if recipe.data.valid else None
         self.built = build(recipe, ranks)

@@ -1,0 +1,205 @@
+"""Checkpoints: any plan reads any other's, a resumed run equals the undisturbed one bit for bit, and damage is never loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.ranks import run_on_ranks
+from tests.small import write_log
+from triptych.datasets.schema import InputError
+from triptych.launch import checkpoint
+from triptych.launch.build import build, load_model, load_optimizers, model_state, optimizer_state
+from triptych.launch.config import Recipe, load_recipe, save_recipe
+from triptych.launch.distributed import Ranks
+from triptych.launch.inference import Split, predict_rows
+from triptych.launch.trainer import Trainer
+
+PLANS = ["table_wise", "row_wise", "data_parallel"]
+DISTURBANCES = ["flipped", "cut", "missing", "other_step"]
+
+
+def recipe_with(path: Path, sharding: str, *more: str) -> Recipe:
+    return load_recipe(path, [*(f"tables.{table}.sharding={sharding}" for table in ("user", "item", "words")), *more])
+
+
+def local_values(state: checkpoint.State) -> dict[str, list[tuple[tuple[int, ...], torch.Tensor]]]:
+    return {name: [(part.offsets, part.tensor.clone()) for part in checkpoint.local_parts(value)] for name, value in state.items()}
+
+
+def valid_predictions(recipe: Recipe, model: torch.nn.Module, ranks: Ranks) -> np.ndarray | None:
+    split = Split("valid", recipe.data_schema, recipe.tasks, "valid.parquet", ranks)
+    return predict_rows(model, split.loader, ranks)
+
+
+def train_and_predict(ranks: Ranks, path: Path, runs: dict[str, Path]) -> dict[str, np.ndarray | None]:
+    """Train a run with each plan; predictions of each."""
+    predictions = {}
+    for plan, run in runs.items():
+        recipe = recipe_with(path, plan, "train.epochs=2")
+        trainer = Trainer(recipe, run, ranks, resume=False)
+        trainer.fit()
+        predictions[plan] = valid_predictions(recipe, trainer.built.model, ranks)
+    return predictions
+
+
+def load_and_predict(ranks: Ranks, path: Path, runs: dict[str, Path]) -> dict[tuple[str, str], np.ndarray | None]:
+    """Predictions of every run's checkpoint under every plan."""
+    predictions = {}
+    for plan in PLANS:
+        recipe = recipe_with(path, plan)
+        built = build(recipe, ranks)
+        for saved_plan, run in runs.items():
+            reader = checkpoint.Reader(checkpoint.committed(run / "checkpoints")[-1])
+            load_model(built, reader)
+            load_optimizers(built, reader)
+            predictions[saved_plan, plan] = valid_predictions(recipe, built.model, ranks)
+    return predictions
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_log(tmp_path_factory.mktemp("log"))
+
+
+def test_any_plan_predicts_the_same(log: Path, tmp_path: Path) -> None:
+    runs = {plan: tmp_path / plan for plan in ("row_wise", "data_parallel")}
+    expected = run_on_ranks(2, train_and_predict, log, runs)[0]
+    for world_size in (1, 2):
+        found = run_on_ranks(world_size, load_and_predict, log, runs)[0]
+        assert len(found) == len(PLANS) * len(runs)
+        for (saved_plan, plan), predictions in found.items():
+            message = f"saved {saved_plan} on 2 ranks, loaded {plan} on {world_size}"
+            np.testing.assert_allclose(predictions, expected[saved_plan], rtol=1e-6, atol=0, err_msg=message)
+
+
+def fit(ranks: Ranks, path: Path, runs: list[tuple[str, Path]], resume: bool) -> list[dict[str, Any]]:
+    """Train each (plan, run) with dropout, evaluations inside epochs, a checkpoint every three steps; this rank's final states."""
+    results = []
+    for plan, run in runs:
+        more = ["train.epochs=3", "train.evaluate_every=5", "checkpoint.every_steps=3", "checkpoint.keep=1000", "model.dropout=0.2"]
+        trainer = Trainer(recipe_with(path, plan, *more), run, ranks, resume=resume)
+        trainer.fit()
+        state = local_values(model_state(trainer.built) | optimizer_state(trainer.built))
+        results.append({"state": state, "step": trainer.step, "position": trainer.position, "best": trainer.best})
+    return results
+
+
+def stopped_copy(whole: Path, stop: int) -> Path:
+    """The run as it was when it stopped after step `stop`."""
+    run = whole.with_name(f"{whole.name}_stopped_{stop}")
+    shutil.copytree(whole, run)
+    for folder in checkpoint.committed(run / "checkpoints"):
+        if int(folder.name.removeprefix("step_")) > stop:
+            shutil.rmtree(folder)
+    (run / "result.json").unlink()
+    return run
+
+
+def test_resumed_training_equals_undisturbed_training(log: Path, tmp_path: Path) -> None:
+    wholes = [(plan, tmp_path / plan) for plan in ("row_wise", "data_parallel")]
+    undisturbed = run_on_ranks(2, fit, log, wholes, False)
+    stops = (3, 9)  # inside the first epoch, and inside the second
+    stopped = [(plan, stopped_copy(whole, stop)) for plan, whole in wholes for stop in stops]
+    resumed = run_on_ranks(2, fit, log, stopped, True)
+    for expected_runs, found_runs in zip(undisturbed, resumed, strict=True):
+        for i, found in enumerate(found_runs):
+            expected = expected_runs[i // len(stops)]
+            assert found["step"] == expected["step"] == 18
+            assert found["position"] == expected["position"] and found["best"] == expected["best"]
+            assert_equal_states(found["state"], expected["state"])
+    for i, (_, run) in enumerate(stopped):
+        assert losses(run) == losses(wholes[i // len(stops)][1])
+
+
+def assert_equal_states(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found.keys() == expected.keys()
+    for name in expected:
+        for (offsets, tensor), (expected_offsets, expected_tensor) in zip(found[name], expected[name], strict=True):
+            assert offsets == expected_offsets and torch.equal(tensor, expected_tensor), name
+
+
+def losses(run: Path) -> list[tuple[int, dict[str, float]]]:
+    """Every logged step with its losses: the batches after a stop are those of the undisturbed run."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(record["step"], record["loss"]) for record in records if "loss" in record]
+
+
+def disturb(folder: Path, other: Path, disturbance: str) -> None:
+    path = folder / "rank_1.safetensors"
+    content = bytearray(path.read_bytes())
+    if disturbance == "flipped":
+        content[len(content) // 2] ^= 4
+        path.write_bytes(content)
+    elif disturbance == "cut":
+        path.write_bytes(content[:-8])
+    elif disturbance == "missing":
+        path.unlink()
+    else:
+        shutil.copy(other / path.name, path)
+
+
+def damage_and_open(ranks: Ranks, path: Path, whole: Path) -> list[str]:
+    """For each disturbance of the newest checkpoint: which one opens; that the damaged file is named on every rank."""
+    fit(ranks, path, [("row_wise", whole)], False)
+    before, newest = checkpoint.committed(whole / "checkpoints")[-2:]
+    found = []
+    for disturbance in DISTURBANCES:
+        run = whole.with_name(disturbance)
+        if ranks.is_first:
+            for folder in (before, newest):
+                shutil.copytree(folder, run / "checkpoints" / folder.name)
+            disturb(run / "checkpoints" / newest.name, before, disturbance)
+        torch.distributed.barrier()
+        try:
+            checkpoint.Reader(run / "checkpoints" / newest.name)
+            found.append("opened the damaged one")
+        except InputError as error:
+            assert "rank_1.safetensors" in str(error)
+            found.append("before" if next(checkpoint.open_newest(run / "checkpoints")).folder.name == before.name else "another")
+    return found
+
+
+def test_damage_is_named_and_the_checkpoint_before_is_taken(log: Path, tmp_path: Path) -> None:
+    for rank_result in run_on_ranks(2, damage_and_open, log, tmp_path / "whole"):
+        assert rank_result == ["before"] * len(DISTURBANCES)
+
+
+def test_a_half_written_checkpoint_does_not_exist(tmp_path: Path) -> None:
+    for name, whole in (("step_9", True), ("step_10", True), ("step_30.writing", True), ("step_40", False), ("step_x", True)):
+        (tmp_path / name).mkdir()
+        if whole:
+            (tmp_path / name / checkpoint.MANIFEST).write_text("{}")
+    assert [path.name for path in checkpoint.committed(tmp_path)] == ["step_9", "step_10"]
+    checkpoint.prune(tmp_path, keep=1, best=None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_10", "step_40", "step_x"]
+
+
+def resume_wrongly(ranks: Ranks, path: Path, run: Path) -> list[str]:
+    """What resuming says with other training files, with another model, and not asked for."""
+    fit(ranks, path, [("table_wise", run)], False)
+    messages = []
+    for more, resume in (("data.train=valid.parquet", True), ("tables.user.rows=98", True), ("train.lr=0.1", False)):
+        with pytest.raises(InputError) as error:
+            Trainer(recipe_with(path, "row_wise", more), run, ranks, resume=resume)
+        messages.append(str(error.value))
+    return messages
+
+
+def test_resuming_with_other_data_or_another_model_is_refused(log: Path, tmp_path: Path) -> None:
+    other_data, other_model, not_asked = run_on_ranks(1, resume_wrongly, log, tmp_path / "run")[0]
+    assert "the training files changed" in other_data
+    assert "user.weight" in other_model and "[97, 8]" in other_model and "[98, 8]" in other_model
+    assert "--resume" in not_asked
+
+
+def test_a_saved_recipe_reads_back_the_same(log: Path, tmp_path: Path) -> None:
+    recipe = recipe_with(log, "row_wise", "train.patience=2")
+    save_recipe(recipe, tmp_path / "recipe.toml")
+    assert load_recipe(tmp_path / "recipe.toml") == recipe

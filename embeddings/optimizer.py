@@ -10,7 +10,6 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 TableOptimizer = Literal["rowwise_adagrad", "adagrad", "sgd"]
-EPS = 1e-8
 
 _FUSED = {
     "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
@@ -19,15 +18,15 @@ _FUSED = {
 }
 
 
-def fused_params(optimizer: TableOptimizer, lr: float) -> dict[str, Any]:
+def fused_params(optimizer: TableOptimizer, lr: float, eps: float) -> dict[str, Any]:
     """What the sharder passes to FBGEMM's kernels: w -= lr * g / (sqrt(sum g^2) + eps), by row or by element."""
-    return {"optimizer": _FUSED[optimizer], "learning_rate": lr, "eps": EPS}
+    return {"optimizer": _FUSED[optimizer], "learning_rate": lr, "eps": eps}
 
 
-def replicated_optimizer(optimizer: TableOptimizer, params: Iterable[torch.nn.Parameter], lr: float) -> torch.optim.Optimizer:
+def replicated_optimizer(optimizer: TableOptimizer, params: Iterable[torch.nn.Parameter], lr: float, eps: float) -> torch.optim.Optimizer:
     """The same update for tables that every rank holds whole."""
     if optimizer == "rowwise_adagrad":
-        return RowWiseAdagrad(params, lr=lr, eps=EPS)
+        return RowWiseAdagrad(params, lr=lr, eps=eps)
     if optimizer == "adagrad":
-        return torch.optim.Adagrad(params, lr=lr, eps=EPS)
+        return torch.optim.Adagrad(params, lr=lr, eps=eps)
     return torch.optim.SGD(params, lr=lr)

@@ -72,6 +72,7 @@ def shard(
     batch_size: int,
     optimizer: TableOptimizer,
     lr: float,
+    eps: float,
     seed: int,
 ) -> DistributedModelParallel:
     """Plan, shard and initialise a model whose tables are on meta. Collective: every rank calls it.
@@ -81,7 +82,7 @@ def shard(
     Raises:
         InputError: the tables do not fit, or a table's sharding contradicts its optimizer.
     """
-    sharder = Sharder(fused_params=fused_params(optimizer, lr))
+    sharder = Sharder(fused_params=fused_params(optimizer, lr, eps))
     planner = EmbeddingShardingPlanner(
         topology=topology(device, dist.get_world_size(), local_world_size),
         batch_size=batch_size,

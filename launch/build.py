@@ -75,7 +75,7 @@ def build(recipe: Recipe, ranks: Ranks) -> Built:
     section = recipe.train
     model = shard(
         train_task(recipe), recipe.tables, device=ranks.device, local_world_size=ranks.local_world_size, batch_size=recipe.data.batch_size,
-        optimizer=section.embedding_optimizer, lr=section.embedding_lr, seed=section.seed,
+        optimizer=section.embedding_optimizer, lr=section.embedding_lr, eps=section.embedding_eps, seed=section.seed,
     )  # fmt: skip
     torch.manual_seed(section.seed * 100_003 + ranks.rank)  # dropout differs between ranks
     dense = dict(in_backward_optimizer_filter(model.named_parameters()))
@@ -83,7 +83,7 @@ def build(recipe: Recipe, ranks: Ranks) -> Built:
     others = [parameter for name, parameter in dense.items() if TABLES not in name]
     parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr=section.lr, weight_decay=section.weight_decay)]
     if replicated:
-        parts.append(replicated_optimizer(section.embedding_optimizer, replicated, section.embedding_lr))
+        parts.append(replicated_optimizer(section.embedding_optimizer, replicated, section.embedding_lr, section.embedding_eps))
     return Built(model, Optimizers(*parts), dense)
 
 

@@ -115,6 +115,18 @@ def search(
     Console().print(table)
 
 
+@app.command()
+def demo(
+    run: Annotated[Path, typer.Option(help="folder for the world, the run and the vectors")] = Path("runs/demo"),
+    rows: Annotated[int, typer.Option(min=1000, help="impressions")] = 200_000,
+    ranks: NumRanks = 2,
+) -> None:
+    """Every step once, on a synthetic world, and how near the model comes to its truth."""
+    from .demo import demo as whole_line
+
+    whole_line(run, rows, ranks)
+
+
 def _check_run(run: Path) -> None:
     from . import stack
 

@@ -24,6 +24,8 @@ class TrainSection(Section):
     """Decoupled (AdamW), for everything but tables."""
     embedding_lr: PositiveFloat = 0.02
     embedding_optimizer: TableOptimizer = "rowwise_adagrad"
+    embedding_eps: PositiveFloat = 1e-8
+    """Added to the root of Adagrad's accumulator."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the tower's matrix products; tables, losses and optimizers stay fp32."""
     seed: int = 0

@@ -47,6 +47,9 @@ class Trainer:
         self.evaluations_since_best = 0
         if resume:
             self._resume()
+        if self.step == 0:
+            first_batch = next(self.loader.batches(steps=1))
+            self.built.task.start_at_label_means(first_batch.to(ranks.device))
         self.progress = ProgressLines("train", ranks.is_first)
         if ranks.is_first:
             write_json(run / "plan.json", self.built.plan())
@@ -83,6 +86,8 @@ class Trainer:
         """Train to the next evaluation: the end of the epoch, or `evaluate_every` steps."""
         epoch, every = self.position.epoch, self.section.evaluate_every
         steps = self.loader.steps_left(self.position)
+        later_epochs = self.section.epochs - epoch - 1
+        total = self.step + steps + later_epochs * self.loader.steps_left(ReadingPosition())
         if every:
             steps = min(steps, every - self.step % every)
         last, logged, began = self.step + steps, self.step, time.monotonic()
@@ -93,7 +98,7 @@ class Trainer:
             self.position = self.loader.after_step(self.position)
             if self.step % self.section.log_every == 0 or self.step == last:
                 now = time.monotonic()
-                self._log(report.losses_L, epoch, last, (self.step - logged) * self.loader.global_batch_size / (now - began))
+                self._log(report.losses_L, epoch, total, (self.step - logged) * self.loader.global_batch_size / (now - began))
                 logged, began = self.step, now
             if self.step % self.recipe.checkpoint.every_steps == 0 and self.step < last:
                 self._save()
@@ -101,12 +106,12 @@ class Trainer:
         assert next(batches, None) is None
         self.pipeline.detach()
 
-    def _log(self, losses_L: torch.Tensor, epoch: int, last: int, rows_per_second: float) -> None:
+    def _log(self, losses_L: torch.Tensor, epoch: int, total: int, rows_per_second: float) -> None:
         if not self.ranks.is_first:
             return
         losses = dict(zip(self.built.task.objective.loss_names, losses_L.tolist(), strict=True))
         note = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-        self.progress(self.step, last, f"epoch {epoch + 1}/{self.section.epochs}, {rows_per_second:,.0f} rows/s, loss: {note}")
+        self.progress(self.step, total, f"epoch {epoch + 1}/{self.section.epochs}, {rows_per_second:,.0f} rows/s, loss: {note}")
         self.records.write({"step": self.step, "epoch": epoch, "rows_per_second": rows_per_second, "loss": losses})
 
     def _evaluate(self) -> None:

@@ -20,9 +20,9 @@ class BatchedLinear(nn.Module):
 
     def __init__(self, groups: int, inputs: int, outputs: int) -> None:
         super().__init__()
-        bound = 1.0 / math.sqrt(inputs)
+        bound = math.sqrt(6.0 / (inputs + outputs))  # Glorot and Bengio, AISTATS 2010, eq. 16
         self.weight_GIO = nn.Parameter(torch.empty(groups, inputs, outputs).uniform_(-bound, bound))
-        self.bias_GO = nn.Parameter(torch.empty(groups, outputs).uniform_(-bound, bound))
+        self.bias_GO = nn.Parameter(torch.zeros(groups, outputs))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         groups, inputs, outputs = self.weight_GIO.shape

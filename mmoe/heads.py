@@ -57,6 +57,14 @@ class Head(nn.Module):
     def observe(self, residual_scale_sum: torch.Tensor, count: torch.Tensor) -> None:
         """Take in one step's sums over all ranks."""
 
+    def target(self, batch: Batch) -> torch.Tensor:
+        """What the head's expectation is of, where the label is known."""
+        raise TypeError("a head has a target")
+
+    def logit_of_mean(self, mean: torch.Tensor) -> torch.Tensor:
+        """The logit that expects `mean` of the target."""
+        raise TypeError("a head has a logit of a mean")
+
 
 class BinaryHead(Head):
     """A probability, given the task's condition if it has one.
@@ -78,6 +86,12 @@ class BinaryHead(Head):
 
     def prediction(self, logits_BT: torch.Tensor) -> torch.Tensor:
         return torch.sigmoid(logits_BT[:, self.index])
+
+    def target(self, batch: Batch) -> torch.Tensor:
+        return batch.labels_BT[:, self.index]
+
+    def logit_of_mean(self, mean: torch.Tensor) -> torch.Tensor:
+        return torch.logit(mean, eps=1e-4)
 
 
 class DurationHead(Head):
@@ -115,6 +129,12 @@ class DurationHead(Head):
         else:
             seconds_B = torch.expm1(m_B)
         return seconds_B.clamp(0.0, self.cap)
+
+    def target(self, batch: Batch) -> torch.Tensor:
+        return torch.log1p(batch.labels_BT[:, self.index])
+
+    def logit_of_mean(self, mean: torch.Tensor) -> torch.Tensor:
+        return mean
 
 
 def make_head(task: Task, index: int, schema: Schema) -> Head:

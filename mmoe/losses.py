@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 
 def log_one_minus_exp(x: torch.Tensor) -> torch.Tensor:
-    """log(1 - exp(x)) for x < 0, accurate at both ends (Maechler, 2012). Values above -1e-7 are cut to it."""
-    x = x.clamp(max=-1e-7)
+    """log(1 - exp(x)) for x < 0, accurate at both ends (Maechler, 2012). Values above -1e-38 are cut to about that."""
+    x = x.clamp(max=-torch.finfo(x.dtype).tiny)
     near_zero = x > -0.6931
     # Each branch is kept away from the other's range, so that no NaN reaches the gradient.
     return torch.where(

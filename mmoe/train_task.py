@@ -23,11 +23,19 @@ class StepReport(NamedTuple):
     losses_L: torch.Tensor
 
 
+def _sums_of_counted(loss_B: torch.Tensor, count_B: torch.Tensor, residual_scale_B: torch.Tensor) -> torch.Tensor:
+    """[3]: sums over rows, each as often as it counts: losses, counts, residual scales."""
+    # where, not a product alone: a row that does not count must not matter even if its loss overflows.
+    counted = [torch.where(count_B > 0, value_B, 0.0) * count_B for value_B in (loss_B, residual_scale_B)]
+    return torch.stack([counted[0].sum(), count_B.sum(), counted[1].sum()])
+
+
 class Objective(nn.Module):
     """Training: one loss for this rank's rows. Evaluation: predictions.
 
     The mean of a loss is over the rows of all ranks where it counts; a mean of local means would be another loss, as ranks
-    hold different numbers of clicks.
+    hold different numbers of clicks. The last batch of an epoch may hold few rows: its loss is scaled by their share of a full
+    batch, so that every row of an epoch weighs the same. Unscaled, 20 rows of a table's fresh ids can wreck calibration.
 
     Raises:
         FloatingPointError: a loss is not finite. Every rank raises it, before the backward pass touches a table.
@@ -38,6 +46,7 @@ class Objective(nn.Module):
         self.heads = nn.ModuleList(make_head(task, t, schema) for t, task in enumerate(tasks))
         self.loss_names = [task.name for task in tasks] + (["retrieval"] if retrieval else [])
         self.retrieval_task = retrieval.check(schema) if retrieval else None
+        self.rows_of_full_batch = schema.data.batch_size * world_size()
         self.balancer = Fixed([task.weight for task in tasks] + ([retrieval.weight] if retrieval else []))
 
     def _heads(self) -> Iterator[Head]:
@@ -45,26 +54,31 @@ class Objective(nn.Module):
 
     def _sums(self, outputs: Outputs, batch: Batch) -> torch.Tensor:
         """[L, 3]: of each loss, over this rank's rows: sum of losses, sum of counts, sum of residual scales."""
-        rows = []
-        for head in self._heads():
-            loss_B, count_B = head.loss(outputs.logits_BT, batch)
-            # where, not a product: a row that does not count must not matter even if its loss overflows.
-            loss_B = torch.where(count_B > 0, loss_B, 0.0)
-            rows.append(
-                torch.stack([(loss_B * count_B).sum(), count_B.sum(), (head.residual_scale(outputs.logits_BT, batch) * count_B).sum()])
-            )
+        rows = [
+            _sums_of_counted(*head.loss(outputs.logits_BT, batch), head.residual_scale(outputs.logits_BT, batch)) for head in self._heads()
+        ]
         if outputs.affinity_B is not None:
             task = self.retrieval_task
             count_B = batch.weight_B * batch.known_BT[:, task]
             loss_B = F.binary_cross_entropy_with_logits(outputs.affinity_B, batch.labels_BT[:, task], reduction="none")
-            rows.append(torch.stack([(loss_B * count_B).sum(), count_B.sum(), count_B.new_zeros(())]))
+            rows.append(_sums_of_counted(loss_B, count_B, torch.zeros_like(count_B)))
         return torch.stack(rows)
+
+    def label_means(self, batch: Batch) -> torch.Tensor:
+        """[T]: the logit that expects each label's mean over the known rows of all ranks. Collective."""
+        known_BT = batch.known_BT * batch.weight_B[:, None]
+        target_BT = torch.stack([head.target(batch) for head in self._heads()], dim=1)
+        sums_T, counts_T = sum_over_ranks(torch.stack([(target_BT * known_BT).sum(0), known_BT.sum(0)]))
+        means_T = sums_T / counts_T.clamp(min=torch.finfo(torch.float32).tiny)
+        return torch.stack([head.logit_of_mean(mean) for head, mean in zip(self._heads(), means_T, strict=True)])
 
     def forward(self, outputs: Outputs, batch: Batch) -> tuple[torch.Tensor, StepReport | torch.Tensor]:
         if not self.training:
             return outputs.logits_BT.new_zeros(()), torch.stack([head.prediction(outputs.logits_BT) for head in self._heads()], dim=1)
         local_L3 = self._sums(outputs, batch)
-        global_L3 = sum_over_ranks(local_L3)
+        num_rows_13 = (batch.row_B >= 0).sum().to(local_L3).expand(1, 3)
+        totals = sum_over_ranks(torch.cat([local_L3, num_rows_13]))
+        global_L3, num_rows = totals[:-1], totals[-1, 0]
         count_L = global_L3[:, 1].clamp(min=torch.finfo(torch.float32).tiny)
         losses_L = global_L3[:, 0] / count_L
         if not bool(torch.isfinite(global_L3).all()):
@@ -74,9 +88,9 @@ class Objective(nn.Module):
             )
         for head, (_, count, residual_scale) in zip(self._heads(), global_L3, strict=False):
             head.observe(residual_scale, count)
+        loss = (self.balancer(losses_L) * local_L3[:, 0] / count_L).sum() * (num_rows / self.rows_of_full_batch)
         # Gradients are averaged over ranks, so this rank's part is scaled up by their number.
-        loss = (self.balancer(losses_L) * local_L3[:, 0] / count_L).sum() * world_size()
-        return loss, StepReport(losses_L)
+        return loss * world_size(), StepReport(losses_L)
 
 
 class TrainTask(nn.Module):
@@ -89,3 +103,11 @@ class TrainTask(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, StepReport | torch.Tensor]:
         return self.objective(self.model(batch), batch)
+
+    @torch.no_grad()
+    def start_at_label_means(self, batch: Batch) -> None:
+        """Set the output biases so that training begins at the label means, not with finding them. Collective."""
+        logits_T = self.objective.label_means(batch)
+        self.model.tower.task_outputs.bias_GO.copy_(logits_T[:, None])
+        if self.objective.retrieval_task is not None:
+            self.model.tower.affinity_bias.copy_(logits_T[self.objective.retrieval_task])

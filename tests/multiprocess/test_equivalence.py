@@ -40,9 +40,12 @@ CASES = {
 def recipe_for(path: Path, case: str, world_size: int = 1) -> Recipe:
     sharding, optimizer = CASES[case]
     tables = [f"tables.{table}.sharding={sharding}" for table in ("user", "item", "words")]
-    # Adagrad's first step is lr * sign(g): where g is a sum that nearly cancels, its rounding is amplified, the more the larger lr.
-    embedding_lr = 0.005 if optimizer == "adagrad" else 0.1
-    common = ["train.lr=0.01", f"train.embedding_lr={embedding_lr}", f"data.batch_size={GLOBAL_BATCH // world_size}"]
+    # Element-wise Adagrad begins with lr * sign(g), which amplifies the rounding of a g that nearly cancels; an eps of g's size does not.
+    common = [
+        "train.embedding_lr=0.1",
+        f"train.embedding_eps={1e-2 if optimizer == 'adagrad' else 1e-8}",
+        f"data.batch_size={GLOBAL_BATCH // world_size}",
+    ]
     return load_recipe(path, [*tables, *common, f"train.embedding_optimizer={optimizer}"])
 
 
@@ -71,7 +74,7 @@ class PlainTables(nn.Module):
 
 
 @torch.no_grad()
-def update_table(weight: nn.Parameter, state: dict[str, torch.Tensor], optimizer: str, lr: float) -> None:
+def update_table(weight: nn.Parameter, state: dict[str, torch.Tensor], optimizer: str, lr: float, eps: float) -> None:
     """Row-wise Adagrad, Adagrad or SGD, by their definitions."""
     gradient = weight.grad
     if optimizer == "sgd":
@@ -79,7 +82,7 @@ def update_table(weight: nn.Parameter, state: dict[str, torch.Tensor], optimizer
         return
     square = gradient.square().mean(1, keepdim=True) if optimizer == "rowwise_adagrad" else gradient.square()
     state["sum"] = state.get("sum", torch.zeros_like(square)) + square
-    weight -= lr * gradient / (state["sum"].sqrt() + 1e-8)
+    weight -= lr * gradient / (state["sum"].sqrt() + eps)
 
 
 @functools.cache
@@ -97,7 +100,7 @@ def plain_training(path: Path, optimizer: str) -> tuple[dict[str, torch.Tensor],
         loss, _ = objective(tower(tables(batch.ids), batch.dense_BD), batch)
         loss.backward()
         for name, bag in tables.bags.items():
-            update_table(bag.weight, states[name], optimizer, recipe.train.embedding_lr)
+            update_table(bag.weight, states[name], optimizer, recipe.train.embedding_lr, recipe.train.embedding_eps)
         adam.step()
     weights = {f"model/model.lookup.embedding_bags.embedding_bags.{name}.weight": bag.weight.detach() for name, bag in tables.bags.items()}
     weights |= {f"model/model.tower.{name}": value.detach() for name, value in tower.state_dict().items()}

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .files import list_row_groups, read_row_group
+from .parquet import plain_column
 from .schema import InputError, Schema
 
 ROW_GROUP_ROWS = 20_000
@@ -16,11 +17,20 @@ ROW_GROUP_ROWS = 20_000
 
 def _newest_of_each(table: pa.Table, id_column: str, time: str | None) -> pa.Table:
     """The last row of each id: by time, where rows have one, and by position among equals."""
+    newest_first = table.take(pa.array(np.arange(len(table))[::-1]))
     if time is not None:
-        table = table.sort_by(time)  # stable in Arrow: equal times keep their order
-    numbered = table.select([id_column]).append_column("_row", pa.array(np.arange(len(table))))
-    last = numbered.group_by(id_column, use_threads=False).aggregate([("_row", "max")])
-    return table.take(last.column("_row_max"))
+        newest_first = newest_first.sort_by([(time, "descending")])  # stable in Arrow; rows without a time go last
+    numbered = newest_first.select([id_column]).append_column("_row", pa.array(np.arange(len(table))))
+    first = numbered.group_by(id_column, use_threads=False).aggregate([("_row", "min")])
+    return newest_first.take(first.column("_row_min"))
+
+
+def _joined(held: pa.Table | None, table: pa.Table, where: str) -> pa.Table:
+    """Both tables' rows; a column's types may differ as between int32 and int64, or strings and large strings."""
+    try:
+        return table if held is None else pa.concat_tables([held, table], promote_options="permissive")
+    except pa.ArrowException as error:
+        raise InputError(f"{where}: columns do not fit those of the rows before ({error})") from error
 
 
 def write_entities(schema: Schema, files: list[str], id_feature: str, out: Path) -> int:
@@ -46,7 +56,8 @@ def write_entities(schema: Schema, files: list[str], id_feature: str, out: Path)
             raise InputError(f"{where}: no column '{missing[0]}', which side '{side}' needs")
         if table.column(id_column).null_count:
             raise InputError(f"{where}: column '{id_column}' has {table.column(id_column).null_count} nulls; an entity needs an id")
-        held = _newest_of_each(table if held is None else pa.concat_tables([held, table]), id_column, time)
+        plain = pa.table({column: plain_column(table, column) for column in columns})
+        held = _newest_of_each(_joined(held, plain, where), id_column, time)
     assert held is not None
     out.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(held.sort_by(id_column), out, row_group_size=ROW_GROUP_ROWS, compression="zstd", write_page_checksum=True)

@@ -25,6 +25,8 @@ def find_files(root: str | Path, pattern: str) -> list[str]:
     found = (
         sorted(path.glob("**/*.parquet")) if path.is_dir() else sorted(Path(root).glob(pattern)) if not Path(pattern).is_absolute() else []
     )
+    if not found and path.is_dir():
+        raise InputError(f"{path}: a folder without parquet files")
     if not found:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise InputError(f"no such file: {path}{nearest(path.name, siblings)}")
@@ -44,7 +46,7 @@ def open_file(path: str) -> pq.ParquetFile:
 def _open_in_thread(path: str, thread: int) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a readable parquet file ({_first_line(error)})") from error
 
 
@@ -61,11 +63,13 @@ def list_row_groups(paths: list[str]) -> list[RowGroup]:
     groups: list[RowGroup] = []
     first_row = 0
     for path in paths:
-        metadata = open_file(path).metadata
+        metadata, rows_before = open_file(path).metadata, first_row
         for index in range(metadata.num_row_groups):
             rows = metadata.row_group(index).num_rows
             groups.append(RowGroup(path, index, first_row, rows))
             first_row += rows
+        if first_row - rows_before != metadata.num_rows:
+            raise InputError(f"{path}: a damaged parquet file: {metadata.num_rows} rows, but {first_row - rows_before} in its row groups")
     if first_row == 0:
         raise InputError(f"{', '.join(paths)}: no rows")
     return groups
@@ -75,6 +79,9 @@ def read_row_group(group: RowGroup, columns: list[str]) -> tuple[pa.Table, str]:
     """The columns of one row group, and what to call it in messages."""
     where = f"{group.path}: row group {group.number}"
     try:
-        return open_file(group.path).read_row_group(group.number, columns=columns, use_threads=False), where
+        table = open_file(group.path).read_row_group(group.number, columns=columns, use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{where} cannot be read ({_first_line(error)})") from error
+    if len(table) != group.rows:
+        raise InputError(f"{where} holds {len(table)} rows instead of {group.rows}: the file is damaged, or changed since it was opened")
+    return table, where

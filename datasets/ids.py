@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from .schema import Feature, InputError, TableIds
 
@@ -66,13 +65,12 @@ def table_rows(values: pa.Array, feature: Feature, table: TableIds, where: str) 
     bad = np.flatnonzero((rows < 0) | (rows >= table.rows))
     if len(bad):
         raise InputError(
-            f"{where}: feature '{feature.name}': id {rows[bad[0]]} is outside table '{table.name}' of {table.rows} rows "
-            f'({len(bad)} such values); raise its rows or use ids = "hash"'
+            f"{where}: column '{feature.column}' (feature '{feature.name}'): id {rows[bad[0]]} is outside table '{table.name}' of "
+            f'{table.rows} rows ({len(bad)} such values); raise its rows or use ids = "hash"'
         )
     return rows
 
 
-def bucketise(values: pa.Array, feature: Feature) -> pa.Array:
+def bucketise(number_N: np.ndarray, feature: Feature) -> pa.Array:
     """Numbers to the count of bucket edges at or below them; int64 [N]."""
-    numbers = pc.cast(values, pa.float64()).to_numpy(zero_copy_only=False)
-    return pa.array(np.searchsorted(np.asarray(feature.buckets), numbers, side="right"))
+    return pa.array(np.searchsorted(np.asarray(feature.buckets), number_N, side="right"))

@@ -103,25 +103,22 @@ class Loader:
 
 def in_background(make: Callable[[], Iterator[T]], depth: int) -> Iterator[T]:
     """What `make()` yields, computed in a thread at most `depth` items ahead; its exceptions are raised here."""
-    ahead: queue.Queue[tuple[str, T | BaseException | None]] = queue.Queue(depth)
+    ahead: queue.SimpleQueue[tuple[str, T | BaseException | None]] = queue.SimpleQueue()
+    # Taken before an item is computed: a bounded queue would let the thread hold one more than its bound.
+    room = threading.Semaphore(depth)
     stopped = threading.Event()
-
-    def put(item: tuple[str, T | BaseException | None]) -> None:
-        while not stopped.is_set():
-            try:
-                return ahead.put(item, timeout=0.1)
-            except queue.Full:
-                continue
 
     def work() -> None:
         try:
+            room.acquire()
             for item in make():
-                put(("item", item))
+                ahead.put(("item", item))
+                room.acquire()
                 if stopped.is_set():
                     return
-            put(("end", None))
+            ahead.put(("end", None))
         except BaseException as error:  # raised again in the reader of the queue
-            put(("error", error))
+            ahead.put(("error", error))
 
     thread = threading.Thread(target=work, name="reader", daemon=True)
     thread.start()
@@ -132,7 +129,9 @@ def in_background(make: Callable[[], Iterator[T]], depth: int) -> Iterator[T]:
                 return
             if kind == "error":
                 raise item  # type: ignore[misc]
+            room.release()
             yield item  # type: ignore[misc]
     finally:
         stopped.set()
+        room.release()
         thread.join()

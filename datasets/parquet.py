@@ -14,6 +14,8 @@ from .ids import bucketise, table_rows
 from .row_groups import RowGroup
 from .schema import Feature, InputError, Label, Schema, nearest
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 
 def _value_type(kind: pa.DataType) -> pa.DataType:
     return kind.value_type if pa.types.is_dictionary(kind) else kind
@@ -36,7 +38,11 @@ def _fits(feature: Feature, kind: pa.DataType) -> bool:
     if pa.types.is_null(kind):
         return feature.default is not None or feature.kind == "ids"
     if feature.kind in ("ids", "vector"):
-        return _is_list(kind) and (_is_number(kind.value_type) or (feature.kind == "ids" and _is_text(kind.value_type)))
+        if not _is_list(kind):
+            return False
+        # Lists that are all empty have values of type null.
+        is_id = _is_text(kind.value_type) or pa.types.is_null(kind.value_type)
+        return _is_number(kind.value_type) or (feature.kind == "ids" and is_id)
     return _is_number(kind) or (feature.kind == "id" and feature.buckets is None and _is_text(kind))
 
 
@@ -73,7 +79,8 @@ def check_columns(schema: Schema, path: str, *, labels: bool, skip_features: Col
                 raise InputError(f"{path}: column '{column}' is {columns.field(column).type}, but {asked_by} needs numbers")
 
 
-def _plain(table: pa.Table, column: str) -> pa.Array:
+def plain_column(table: pa.Table, column: str) -> pa.Array:
+    """A column in one piece, without a dictionary."""
     values = table.column(column).combine_chunks()
     if isinstance(values, pa.ChunkedArray):
         values = pa.concat_arrays(values.chunks) if values.num_chunks else pa.array([], values.type)
@@ -90,11 +97,20 @@ def _filled(values: pa.Array, feature: Feature, where: str) -> pa.Array:
         kind = default.type if pa.types.is_null(values.type) else values.type
         return values.cast(kind).fill_null(default.cast(kind))
     except pa.ArrowException as error:
-        raise InputError(f"feature '{feature.name}': default {feature.default!r} does not fit column type {values.type}") from error
+        raise InputError(
+            f"{where}: column '{feature.column}' (feature '{feature.name}') is {values.type}; default {feature.default!r} does not fit"
+        ) from error
+
+
+def _floats(values: pa.Array) -> np.ndarray:
+    """float64 [N], NaN for null."""
+    # A safe cast refuses integers above 2^53.
+    return pc.cast(values, pa.float64(), safe=False).to_numpy(zero_copy_only=False)
 
 
 def _finite(numbers: np.ndarray, column: str, asked_by: str, where: str) -> np.ndarray:
-    bad = np.flatnonzero(~np.isfinite(numbers).reshape(len(numbers), -1).all(axis=1))
+    """The numbers, which a float32 holds too."""
+    bad = np.flatnonzero(~(np.abs(numbers) <= _LARGEST).all(axis=tuple(range(1, numbers.ndim))))
     if len(bad):
         raise InputError(
             f"{where}: column '{column}' ({asked_by}) holds NaN, infinity or what becomes one in {len(bad)} rows, first row {bad[0]}"
@@ -105,17 +121,21 @@ def _finite(numbers: np.ndarray, column: str, asked_by: str, where: str) -> np.n
 def _one_id(values: pa.Array, feature: Feature, schema: Schema, where: str) -> np.ndarray:
     values = _filled(values, feature, where)
     if feature.buckets is not None:
-        _finite(pc.cast(values, pa.float64()).to_numpy(zero_copy_only=False), feature.column, f"feature '{feature.name}'", where)
-        values = bucketise(values, feature)
+        values = bucketise(_finite(_floats(values), feature.column, f"feature '{feature.name}'", where), feature)
     return table_rows(values, feature, schema.table(feature.table), where)
+
+
+def _flat(values: pa.Array, feature: Feature, where: str) -> pa.Array:
+    flat = pc.list_flatten(values)
+    if flat.null_count:
+        raise InputError(f"{where}: lists in column '{feature.column}' (feature '{feature.name}') hold {flat.null_count} nulls")
+    return flat
 
 
 def _id_list(values: pa.Array, feature: Feature, schema: Schema, where: str) -> Jagged:
     if pa.types.is_null(values.type):
         return Jagged.empty(len(values))
-    flat = pc.list_flatten(values)
-    if flat.null_count:
-        raise InputError(f"{where}: lists in column '{feature.column}' (feature '{feature.name}') hold {flat.null_count} nulls")
+    flat = _flat(values, feature, where)
     lengths = pc.list_value_length(values).fill_null(0).cast(pa.int64()).to_numpy(zero_copy_only=False)
     jagged = Jagged.from_lengths(table_rows(flat, feature, schema.table(feature.table), where), lengths)
     return jagged if feature.max_length is None else jagged.last(feature.max_length)
@@ -127,18 +147,19 @@ def _dense(values: pa.Array, feature: Feature, where: str) -> np.ndarray:
         lengths = pc.list_value_length(values).to_numpy(zero_copy_only=False)
         if not (lengths == feature.size).all():
             raise InputError(f"{where}: column '{feature.column}' ({asked_by}) must hold exactly {feature.size} numbers in every row")
-        values = pc.list_flatten(values)
-    numbers = pc.cast(_filled(values, feature, where), pa.float64()).to_numpy(zero_copy_only=False)
-    if feature.transform == "log1p":
-        with np.errstate(invalid="ignore", divide="ignore"):
+        values = _flat(values, feature, where)
+    numbers = _floats(_filled(values, feature, where))
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        if feature.transform == "log1p":
             numbers = np.log1p(numbers)
-    return _finite((numbers * feature.scale).reshape(-1, feature.width), feature.column, asked_by, where).astype(np.float32)
+        numbers = numbers * feature.scale
+    return _finite(numbers.reshape(-1, feature.width), feature.column, asked_by, where).astype(np.float32)
 
 
 def _label(values: pa.Array, label: Label, known_N: np.ndarray, where: str) -> np.ndarray:
     """float64 [N]; 0 where unknown, where a null is allowed too."""
     asked_by = f"task '{label.name}'"
-    numbers = pc.cast(values, pa.float64()).to_numpy(zero_copy_only=False)
+    numbers = _floats(values)
     missing = int((values.is_null().to_numpy(zero_copy_only=False) & known_N).sum())
     if missing:
         raise InputError(f"{where}: label '{label.label}' of {asked_by} has {missing} nulls; drop those rows")
@@ -149,7 +170,7 @@ def _label(values: pa.Array, label: Label, known_N: np.ndarray, where: str) -> n
     if label.kind == "duration":
         if (numbers < 0).any():
             raise InputError(f"{where}: label '{label.label}' of {asked_by} holds the negative duration {numbers.min():g}")
-        numbers = np.minimum(numbers * label.scale, np.inf if label.cap is None else label.cap)
+        numbers = _finite(np.minimum(numbers * label.scale, label.cap or np.inf), label.label, asked_by, where)
     return numbers
 
 
@@ -160,7 +181,7 @@ def labels_of(table: pa.Table, schema: Schema, where: str) -> tuple[np.ndarray, 
     for t in sorted(range(num_tasks), key=lambda t: len(schema.ancestors(schema.labels[t]))):
         for parent in schema.ancestors(schema.labels[t]):
             known_NT[:, t] &= labels_NT[:, parent] == 1
-        labels_NT[:, t] = _label(_plain(table, schema.labels[t].label), schema.labels[t], known_NT[:, t], where)
+        labels_NT[:, t] = _label(plain_column(table, schema.labels[t].label), schema.labels[t], known_NT[:, t], where)
     return labels_NT, known_NT
 
 
@@ -169,10 +190,10 @@ def weights_of(table: pa.Table, schema: Schema, where: str) -> np.ndarray:
     column = schema.data.weight
     if column is None:
         return np.ones(len(table))
-    values = _plain(table, column)
+    values = plain_column(table, column)
     if values.null_count:
         raise InputError(f"{where}: column '{column}' (data.weight) has {values.null_count} nulls")
-    weights = _finite(pc.cast(values, pa.float64()).to_numpy(zero_copy_only=False), column, "data.weight", where)
+    weights = _finite(_floats(values), column, "data.weight", where)
     if (weights < 0).any():
         raise InputError(f"{where}: column '{column}' (data.weight) holds the negative weight {weights.min():g}")
     return weights
@@ -203,12 +224,12 @@ def decode(group: RowGroup, schema: Schema, *, labels: bool, skip_features: Coll
     dense_column = 0
     for feature in schema.dense_features:
         if feature in present:
-            rows.dense_ND[:, dense_column : dense_column + feature.width] = _dense(_plain(table, feature.column), feature, where)
+            rows.dense_ND[:, dense_column : dense_column + feature.width] = _dense(plain_column(table, feature.column), feature, where)
         dense_column += feature.width
     for i, feature in enumerate(schema.one_id_features):
         if feature in present:
-            rows.ids_FN[i] = _one_id(_plain(table, feature.column), feature, schema, where)
+            rows.ids_FN[i] = _one_id(plain_column(table, feature.column), feature, schema, where)
     for i, feature in enumerate(schema.list_features):
         if feature in present:
-            rows.lists[i] = _id_list(_plain(table, feature.column), feature, schema, where)
+            rows.lists[i] = _id_list(plain_column(table, feature.column), feature, schema, where)
     return rows

@@ -33,7 +33,7 @@ $(STAMP): Makefile pyproject.toml
 	$(PIP) uninstall -q -y fbgemm-gpu fbgemm-gpu-cpu 2>/dev/null
 	$(PIP) install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 	$(PIP) install -q --no-deps $(TORCHREC) $(FBGEMM_$(DEVICE))
-	$(PIP) install -q -e '.[dev]'
+	$(PIP) install -q --no-warn-conflicts -e '.[dev]'
 	$(BIN)/triptych --help > /dev/null
 	@rm -f $(VENV)/installed-*
 	@touch $@

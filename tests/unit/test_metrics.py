@@ -9,6 +9,7 @@ import torchmetrics.functional as torchmetrics
 import torchmetrics.functional.classification as torchmetrics_classification
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from triptych.mmoe import metrics
 from triptych.mmoe.metrics import TaskColumns
 

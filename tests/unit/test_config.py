@@ -1,0 +1,299 @@
+"""A wrong recipe ends in one line that names the file, the key and what is allowed; a right one survives being saved and read back."""
+
+import pytest
+import tomli_w
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from triptych.datasets.schema import InputError
+from triptych.launch import config
+from triptych.launch.config import apply_override, load_recipe, save_recipe
+
+RECIPE = """
+name = "rich"
+tables = [
+  {name = "user", rows = 97, dim = 8, init = 0.02, sharding = "row_wise"},
+  {name = "item", rows = 60, dim = 16, ids = "index"},
+  {name = "words", rows = 50, dim = 4},
+]
+features = [
+  {name = "user", kind = "id", table = "user", side = "user"},
+  {name = "item", kind = "id", table = "item", side = "item", default = 0},
+  {name = "seen", kind = "ids", table = "item", side = "user", pooling = "sum", max_length = 5},
+  {name = "age", column = "age_years", kind = "id", table = "words", side = "user", buckets = [18, 30.5]},
+  {name = "page", kind = "id", table = "words", default = "none"},
+  {name = "length", kind = "dense", transform = "log1p", scale = 0.5, default = 1.5, side = "item"},
+  {name = "pixels", kind = "vector", size = 3, side = "item"},
+]
+tasks = [
+  {name = "ctr", kind = "binary", label = "click"},
+  {name = "cvr", kind = "binary", label = "buy", given = "ctr", estimator = "esmm", weight = 2},
+  {name = "dwell", kind = "duration", label = "ms", given = "ctr", scale = 0.001, cap = 60, delta = 0.5, predict = "median"},
+]
+model = {sharing = "ple", experts = 3, task_experts = 1, levels = 3, expert_layers = [16, 8], tower_layers = [], dropout = 0.1}
+retrieval = {user = "user", item = "item", dim = 8, layers = [8], task = "cvr", weight = 0.3}
+balance = {method = "fixed"}
+checkpoint = {every_steps = 10, keep = 1}
+[data]
+root = "/logs"
+train = "train.parquet"
+valid = "valid"
+test = "test-*.parquet"
+items = "items.parquet"
+scenario = "page"
+group = "user"
+time = "time_ms"
+weight = "w"
+batch_size = 64
+shuffle = false
+shuffle_row_groups = 3
+prefetch = 2
+[train]
+epochs = 2
+lr = 0.01
+weight_decay = 0.1
+embedding_lr = 0.3
+embedding_optimizer = "adagrad"
+precision = "bf16"
+seed = 7
+log_every = 5
+evaluate_every = 100
+patience = 2
+monitor = "dwell.mae"
+"""
+MINIMAL = """
+tables = [{name = "item", rows = 60, dim = 16}]
+features = [{name = "item", kind = "id", table = "item"}]
+tasks = [{name = "ctr", kind = "binary", label = "click"}]
+[data]
+root = "/logs"
+"""
+TOP_KEYS = "name, data, tables, features, tasks, model, retrieval, balance, train, checkpoint"
+FEATURE_KEYS = "name, column, kind, table, side, pooling, max_length, transform, scale, buckets, default, size"
+TASK_KEYS = "name, kind, label, given, scale, cap, weight, estimator, loss, delta, predict"
+
+OVERRIDE_ERRORS = {
+    "modle.experts=2": f"unknown key 'modle' (did you mean 'model'?); allowed: {TOP_KEYS}",
+    "balance.xyz=2": "unknown key 'balance.xyz'; allowed: method",
+    "retrieval.dims=2": "unknown key 'retrieval.dims' (did you mean 'dim'?); allowed: user, item, dim, layers, task, weight",
+    "features.seen.max_len=2": f"unknown key 'features.seen.max_len' (did you mean 'max_length'?); allowed: {FEATURE_KEYS}",
+    "tasks.cvr.wieght=2": f"unknown key 'tasks.cvr.wieght' (did you mean 'weight'?); allowed: {TASK_KEYS}",
+    "tables.user.row=2": "unknown key 'tables.user.row' (did you mean 'rows'?); allowed: name, rows, ids, dim, init, sharding",
+    "train.lr=fast": "train.lr = 'fast': input should be a valid number, unable to parse string as a number",
+    "train.epochs=1.5": "train.epochs = 1.5: input should be a valid integer, got a number with a fractional part",
+    "data.group=7": "data.group = 7: input should be a valid string",
+    "train=7": "train = 7: input should be a valid dictionary or instance of TrainSection",
+    "model.expert_layers=[8, 0.5]": "model.expert_layers.1 = 0.5: input should be a valid integer, got a number with a fractional part",
+    "features.page.default=[1]": "features.page.default = [1]: input should be a valid integer",
+    "features.age.buckets=[1, 'x']": "features.age.buckets.1 = 'x': input should be a valid number, unable to parse string as a number",
+    "train.precision=fp16": "train.precision = 'fp16': input should be 'fp32' or 'bf16'",
+    "tasks.ctr.kind=clicks": "tasks.ctr.kind = 'clicks': input should be 'binary' or 'duration'",
+    "model.sharing=moe": "model.sharing = 'moe': input should be 'shared_bottom', 'mmoe', 'cgc' or 'ple'",
+    "data.batch_size=0": "data.batch_size = 0: input should be greater than 0",
+    "model.dropout=1.0": "model.dropout = 1.0: input should be less than 1",
+    "tables.user.dim=30": "tables.user.dim: must be a multiple of 4",
+    "tasks.cvr.given=ctrr": "task 'cvr': given = 'ctrr' is no task (did you mean 'ctr'?)",
+    "tasks.cvr.given=cvr": "task 'cvr': given goes in a circle",
+    "tasks.ctr.given=cvr": "task 'ctr': given goes in a circle",
+    "tasks.cvr.given=dwell": "task 'cvr': given = 'dwell' must be a binary task",
+    "tasks.ctr.estimator=esmm": "task 'ctr': estimator 'esmm' needs kind 'binary' and a 'given' task",
+    "tasks.dwell.estimator=esmm": "task 'dwell': estimator 'esmm' needs kind 'binary' and a 'given' task",
+    "tasks.ctr.delta=2": "task 'ctr' of kind 'binary': key 'delta' goes with kind 'duration'",
+    "tasks.ctr.scale=2": "task 'ctr' of kind 'binary': key 'scale' goes with kind 'duration'",
+    "tasks.ctr.name=cvr": "two tasks are named 'cvr'",
+    "tasks=[]": "the recipe has no [[tasks]]",
+    "features.page.table=word": "feature 'page': no table 'word' (did you mean 'words'?)",
+    "features.age.column=click": "feature 'age' reads 'click', which is a task's label: it would leak",
+    "tables.words.name=unused": "feature 'age': no table 'words'",
+    "features.age.name=page": "two features are named 'page'",
+    "tables.user.name=item": "two tables are named 'item'",
+    "features.user.pooling=sum": "feature 'user' of kind 'id': key 'pooling' goes with kind 'ids'",
+    "features.length.buckets=[1.0]": "feature 'length' of kind 'dense': key 'buckets' goes with kind 'id'",
+    "features.length.table=words": "feature 'length' of kind 'dense': key 'table' goes with kind 'id' or 'ids'",
+    "features.item.scale=2": "feature 'item' of kind 'id': key 'scale' goes with kind 'dense' or 'vector'",
+    "features.age.buckets=[2, 1]": "feature 'age': buckets must ascend",
+    "features.age.default=young": "feature 'age': default must be a number",
+    "features=[]": "the recipe has no feature of kind 'id' or 'ids'; without tables there is nothing to shard",
+    "train.monitor=dwel.mae": "train.monitor = 'dwel.mae': no task 'dwel' (did you mean 'dwell'?)",
+    "train.monitor=dwell.auc": "train.monitor = 'dwell.auc': metric must be one of mae, rmse, xauc",
+    "train.monitor=ctr": "train.monitor = 'ctr': no task ''",
+    "retrieval.user=usr": "retrieval.user = 'usr' is no feature (did you mean 'user'?)",
+    "retrieval.item=user": "retrieval.item = 'user' must be a feature of kind 'id' and side 'item'",
+    "retrieval.user=seen": "retrieval.user = 'seen' must be a feature of kind 'id' and side 'user'",
+    "retrieval.user=age": "retrieval.user = 'age' must be a feature of kind 'id' and side 'user'",
+    "retrieval.task=dwell": "retrieval.task must be one of the binary tasks: ctr, cvr",
+}
+MONITOR = {'monitor = "dwell.mae"': 'monitor = "ctr.gauc"'}
+POOLS = '{name = "liked", kind = "ids", table = "item"},'
+TEXT_ERRORS = [
+    ({RECIPE: ""}, "missing key 'data'"),
+    ({"rows = 97, ": ""}, "missing key 'tables.user.rows'"),
+    ({'root = "/logs"': ""}, "missing key 'data.root'"),
+    ({'{name = "user", kind': "{kind"}, "missing key 'features.0.name'"),
+    ({'{user = "user", item': "{item"}, "missing key 'retrieval.user'"),
+    ({', table = "user"': ""}, "feature 'user' of kind 'id' needs a table"),
+    ({", size = 3": ""}, "feature 'pixels' of kind 'vector' needs a size"),
+    ({', given = "ctr", estimator': ", estimator"}, "task 'cvr': estimator 'esmm' needs kind 'binary' and a 'given' task"),
+    ({"]\nfeatures": '{name = "spare", rows = 5, dim = 4}]\nfeatures'}, "table 'spare' is used by no feature"),
+    ({"]\ntasks": POOLS + "]\ntasks"}, "table 'item': its features pool by mean and by sum; give each pooling its own table"),
+    ({"model =": "modle ="}, f"unknown key 'modle' (did you mean 'model'?); allowed: {TOP_KEYS}"),
+    (MONITOR | {'group = "user"': ""}, "train.monitor = 'ctr.gauc' needs data.group"),
+]
+
+
+def write(folder, text):
+    path = folder / "recipe.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def error_of(source, overrides=()):
+    with pytest.raises(InputError) as caught:
+        load_recipe(source, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+class TestWrongRecipes:
+    @pytest.mark.parametrize("override, message", OVERRIDE_ERRORS.items(), ids=str)
+    def test_wrong_value(self, tmp_path, override, message):
+        path = write(tmp_path, RECIPE)
+        assert error_of(path, [override]) == f"{path}: {message}"
+
+    @pytest.mark.parametrize("edits, message", TEXT_ERRORS)
+    def test_wrong_text(self, tmp_path, edits, message):
+        text = RECIPE
+        for old, new in edits.items():
+            assert text.count(old) == 1
+            text = text.replace(old, new)
+        path = write(tmp_path, text)
+        assert error_of(path) == f"{path}: {message}"
+
+    def test_no_binary_task_to_retrieve_by(self, tmp_path):
+        text = MINIMAL.replace("features = [{", 'features = [{name = "user", kind = "id", table = "item", side = "user"}, {side = "item", ')
+        path = write(tmp_path, text.replace("binary", "duration") + '[retrieval]\nuser = "user"\nitem = "item"')
+        assert error_of(path) == f"{path}: retrieval.task must be one of the binary tasks: there is none"
+
+    @pytest.mark.parametrize("content", [b"[data\n", b"a = 1\na = 2\n", b"\xff"])
+    def test_no_toml(self, tmp_path, content):
+        path = tmp_path / "bad.toml"
+        path.write_bytes(content)
+        assert error_of(path).startswith(f"{path}: not valid TOML: ")
+
+    def test_a_bundled_name_holds_even_beside_a_folder_of_that_name_but_not_a_file(self, tmp_path, monkeypatch):
+        bundled, here = tmp_path / "bundled", tmp_path / "here"
+        bundled.mkdir()
+        (bundled / "demo.toml").write_text(MINIMAL + "batch_size = 11\n")
+        (here / "demo").mkdir(parents=True)
+        monkeypatch.setattr(config, "BUNDLED", bundled)
+        monkeypatch.chdir(here)
+        assert load_recipe("demo").data.batch_size == 11
+        (here / "demo").rmdir()
+        (here / "demo").write_text(MINIMAL + "batch_size = 22\n")
+        assert load_recipe("demo").data.batch_size == 22
+
+    def test_no_such_recipe(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(config, "BUNDLED", tmp_path)
+        for name in ("kuairand", "aliccp"):
+            (tmp_path / f"{name}.toml").write_text(MINIMAL)
+        offer = "; give a file, or one of aliccp, kuairand"
+        assert error_of("kuairnd") == f"no such recipe: kuairnd (did you mean 'kuairand'?){offer}"
+        assert error_of("other/recipe.toml") == f"no such recipe: other/recipe.toml{offer}"
+        assert error_of(tmp_path) == f"no such recipe: {tmp_path}{offer}"
+
+
+texts = st.text(st.characters(codec="utf-8"), max_size=9)
+numbers = st.one_of(st.integers(-(2**63), 2**63 - 1), st.floats(allow_nan=False))
+positive = st.floats(1e-300, 1e300)
+toml_values = st.recursive(st.one_of(st.booleans(), numbers, texts), lambda inner: st.lists(inner, max_size=3), max_leaves=5)
+
+
+def toml(value):
+    return tomli_w.dumps({"value": value}).removeprefix("value = ").strip("\n")
+
+
+class TestOverrides:
+    @settings(deadline=None, max_examples=150)
+    @given(toml_values)
+    def test_any_toml_value_arrives_and_all_else_stays(self, value):
+        values = {"a": {"b": 0, "c": 1}, "d": [{"name": "x", "e": 2}, {"name": "y"}]}
+        for key in ("a.b", "d.y.f", "new.section.key", "top"):
+            apply_override(values, f"{key}={toml(value)}")
+        expected = {"a": {"b": value, "c": 1}, "d": [{"name": "x", "e": 2}, {"name": "y", "f": value}]}
+        assert repr(values) == repr(expected | {"new": {"section": {"key": value}}, "top": value})
+
+    @pytest.mark.parametrize("text", ["fp32", "a/b.parquet", "long_view", "", "x=y", "~/logs", "1.2.3", "two words", "[half"])
+    def test_what_is_no_toml_value_is_a_string(self, text):
+        values = {}
+        apply_override(values, f" a.b ={text}")
+        assert values == {"a": {"b": text}}
+
+    def test_they_reach_the_recipe(self, tmp_path):
+        overrides = ["tasks.cvr.weight=5", "train.lr=1e-4", "data.shuffle=true", "data.group=page", "model.tower_layers=[4,2]"]
+        recipe = load_recipe(write(tmp_path, RECIPE), [*overrides, "features.seen.max_length=9", "train.lr=0.5"])
+        assert (recipe.tasks[1].weight, recipe.train.lr, recipe.data.shuffle, recipe.data.group) == (5, 0.5, True, "page")
+        assert (recipe.model.tower_layers, recipe.features[2].max_length) == ((4, 2), 9)
+        minimal = load_recipe(write(tmp_path, MINIMAL), ["train.epochs=3", "checkpoint.keep=2", "balance.method=fixed"])
+        assert (minimal.train.epochs, minimal.checkpoint.keep) == (3, 2)
+
+    @pytest.mark.parametrize(
+        "override, message",
+        [
+            *((wrong, "write key=value, as in train.lr=0.001") for wrong in ("train.lr", "=3", " =3")),
+            ("tasks.ctrr.weight=2", "nothing is named 'ctrr' (did you mean 'ctr'?)"),
+            ("features.0.side=user", "nothing is named '0'"),
+            ("tasks.ctr=2", "'tasks' is a list; name one of its parts, as in tasks.NAME.ctr"),
+            ("name.x=2", "'name' is a value, not a section"),
+            ("train.lr.x.y=2", "'lr' is a value, not a section"),
+        ],
+    )
+    def test_errors(self, tmp_path, override, message):
+        assert error_of(write(tmp_path, RECIPE), [override]) == f"--set {override}: {message}"
+
+
+CHANGES = {
+    "name": texts,
+    "data.group": texts,
+    "data.batch_size": st.integers(1, 2**40),
+    "data.shuffle": st.booleans(),
+    "tables.user.init": positive,
+    "tables.words.dim": st.integers(1, 99).map(lambda quarter: 4 * quarter),
+    "features.age.buckets": st.lists(st.floats(allow_nan=False), unique=True, min_size=1).map(sorted),
+    "features.length.scale": st.floats(allow_nan=False),
+    "features.page.default": st.one_of(numbers, texts),
+    "tasks.dwell.cap": positive,
+    "tasks.ctr.weight": st.floats(0, 1e300),
+    "model.tower_layers": st.lists(st.integers(1, 999), max_size=4),
+    "model.dropout": st.floats(0, 1, exclude_max=True),
+    "train.lr": positive,
+    "train.seed": st.integers(-(2**62), 2**62),
+    "train.monitor": st.sampled_from(["ctr.auc", "cvr.ne", "dwell.xauc"]),
+}
+
+
+class TestRoundTrip:
+    @settings(deadline=None, max_examples=100)
+    @given(st.fixed_dictionaries({}, optional=CHANGES))
+    def test_saved_recipe_reads_back_equal(self, tmp_path_factory, changes):
+        folder = tmp_path_factory.getbasetemp()
+        (folder / "rich.toml").write_text(RECIPE)
+        recipe = load_recipe(folder / "rich.toml", [f"{key}={toml(value)}" for key, value in changes.items()])
+        save_recipe(recipe, folder / "saved.toml")
+        again = load_recipe(folder / "saved.toml")
+        assert again == recipe and repr(again) == repr(recipe)
+        save_recipe(again, folder / "again.toml")
+        assert (folder / "again.toml").read_bytes() == (folder / "saved.toml").read_bytes()
+
+    def test_defaults_read_back_equal(self, tmp_path):
+        recipe = load_recipe(write(tmp_path, MINIMAL))
+        save_recipe(recipe, tmp_path / "saved.toml")
+        assert load_recipe(tmp_path / "saved.toml") == recipe
+        assert recipe.retrieval is None and recipe.features[0].column == "item"
+
+    @pytest.mark.parametrize("root, absolute", [("logs/a", "{cwd}/logs/a"), ("../b", "{cwd}/../b"), ("~/c", "{home}/c"), ("/d", "/d")])
+    def test_root_becomes_absolute_wherever_it_is_read(self, tmp_path, monkeypatch, root, absolute):
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        monkeypatch.chdir(tmp_path)
+        expected = absolute.format(cwd=tmp_path, home=tmp_path / "home").replace(f"{tmp_path}/..", str(tmp_path.parent))
+        recipe = load_recipe(write(tmp_path, MINIMAL), [f"data.root={root}"])
+        assert (recipe.data.root, recipe.data_schema.data.root) == (expected, expected)

@@ -19,7 +19,7 @@ class InputError(ValueError):
 class Section(BaseModel):
     """A part of the recipe: frozen, and unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def reject_foreign_keys(section: Section, what: str, goes_with: Mapping[str, tuple[str, ...]]) -> None:
@@ -200,7 +200,8 @@ class Schema:
         found: list[int] = []
         while label.given is not None:
             if label.given not in position:
-                raise ValueError(f"task '{label.name}': given = '{label.given}' is no task{nearest(label.given, position)}")
+                others = position.keys() - {label.name}
+                raise ValueError(f"task '{label.name}': given = '{label.given}' is no task{nearest(label.given, others)}")
             parent = self.labels[position[label.given]]
             if parent.kind != "binary":
                 raise ValueError(f"task '{label.name}': given = '{label.given}' must be a binary task")

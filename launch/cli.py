@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from ..datasets.schema import InputError
@@ -40,7 +41,10 @@ def synth(
         world = World(rows=rows, seed=seed, **sizes)
     except ValueError as error:
         raise InputError(str(error)) from error
-    counts = write_world(world, out)
+    console = Console()
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("synth", total=rows)
+        counts = write_world(world, out, lambda done, total: bar.update(task, completed=done, total=total))
     print(f"{out}: {', '.join(f'{name} {count:,}' for name, count in counts.items())}")
 
 

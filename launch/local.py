@@ -42,6 +42,7 @@ def launch(command: str, args: Sequence[str], *, ranks: int, log_dir: Path) -> N
     # TorchX starts `torchrun` by name, and the environment of this Python need not be active.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    print(f"{command}: starting {ranks} rank{'s' if ranks > 1 else ''} through TorchX, logs in {log_dir}", flush=True)
     with tempfile.TemporaryDirectory() as scratch, get_runner() as runner:
         failure_file = Path(scratch) / "failure.json"
         os.environ[FAILURE_FILE] = str(failure_file)

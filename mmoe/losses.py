@@ -13,10 +13,8 @@ def log_one_minus_exp(x: torch.Tensor) -> torch.Tensor:
     """log(1 - exp(x)) for x < 0, accurate at both ends (Maechler, 2012). Values above -1e-38 are cut to about that."""
     x = x.clamp(max=-torch.finfo(x.dtype).tiny)
     near_zero = x > -0.6931
-    # Each branch is kept away from the other's range, so that no NaN reaches the gradient.
-    return torch.where(
-        near_zero, torch.log(-torch.expm1(torch.where(near_zero, x, -0.5))), torch.log1p(-torch.exp(torch.where(near_zero, -2.0, x)))
-    )
+    # The second branch is kept away from 0, where its gradient, though not taken, would be NaN.
+    return torch.where(near_zero, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(torch.where(near_zero, -2.0, x))))
 
 
 def product_cross_entropy(logits_B: Sequence[torch.Tensor], label_B: torch.Tensor) -> torch.Tensor:

@@ -59,6 +59,8 @@ class RetrievalSection(Section):
                 raise ValueError(f"retrieval.{side} = '{name}' is no feature{nearest(name, by_name)}")
             if by_name[name].kind != "id" or by_name[name].side != side or by_name[name].buckets is not None:
                 raise ValueError(f"retrieval.{side} = '{name}' must be a feature of kind 'id' and side '{side}'")
+        if "retrieval" in [label.name for label in schema.labels]:
+            raise ValueError("a task may not be named 'retrieval' where there is a [retrieval] section: its loss has that name")
         binary = [label.name for label in schema.labels if label.kind == "binary"]
         if not binary or (self.task is not None and self.task not in binary):
             raise ValueError(f"retrieval.task must be one of the binary tasks: {', '.join(binary) or 'there is none'}")

@@ -70,7 +70,8 @@ class Objective(nn.Module):
         target_BT = torch.stack([head.target(batch) for head in self._heads()], dim=1)
         sums_T, counts_T = sum_over_ranks(torch.stack([(target_BT * known_BT).sum(0), known_BT.sum(0)]))
         means_T = sums_T / counts_T.clamp(min=torch.finfo(torch.float32).tiny)
-        return torch.stack([head.logit_of_mean(mean) for head, mean in zip(self._heads(), means_T, strict=True)])
+        logits_T = torch.stack([head.logit_of_mean(mean) for head, mean in zip(self._heads(), means_T, strict=True)])
+        return torch.where(counts_T > 0, logits_T, 0.0)
 
     def forward(self, outputs: Outputs, batch: Batch) -> tuple[torch.Tensor, StepReport | torch.Tensor]:
         if not self.training:

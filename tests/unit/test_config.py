@@ -111,6 +111,7 @@ OVERRIDE_ERRORS = {
     "features.length.buckets=[1.0]": "feature 'length' of kind 'dense': key 'buckets' goes with kind 'id'",
     "features.length.table=words": "feature 'length' of kind 'dense': key 'table' goes with kind 'id' or 'ids'",
     "features.item.scale=2": "feature 'item' of kind 'id': key 'scale' goes with kind 'dense' or 'vector'",
+    "train.lr=inf": "train.lr = inf: input should be a finite number",
     "features.age.buckets=[2, 1]": "feature 'age': buckets must ascend",
     "features.age.default=young": "feature 'age': default must be a number",
     "features=[]": "the recipe has no feature of kind 'id' or 'ids'; without tables there is nothing to shard",
@@ -203,7 +204,7 @@ class TestWrongRecipes:
 
 
 texts = st.text(st.characters(codec="utf-8"), max_size=9)
-numbers = st.one_of(st.integers(-(2**63), 2**63 - 1), st.floats(allow_nan=False))
+numbers = st.one_of(st.integers(-(2**63), 2**63 - 1), st.floats(allow_nan=False, allow_infinity=False))
 positive = st.floats(1e-300, 1e300)
 toml_values = st.recursive(st.one_of(st.booleans(), numbers, texts), lambda inner: st.lists(inner, max_size=3), max_leaves=5)
 
@@ -258,8 +259,8 @@ CHANGES = {
     "data.shuffle": st.booleans(),
     "tables.user.init": positive,
     "tables.words.dim": st.integers(1, 99).map(lambda quarter: 4 * quarter),
-    "features.age.buckets": st.lists(st.floats(allow_nan=False), unique=True, min_size=1).map(sorted),
-    "features.length.scale": st.floats(allow_nan=False),
+    "features.age.buckets": st.lists(st.floats(allow_nan=False, allow_infinity=False), unique=True, min_size=1).map(sorted),
+    "features.length.scale": st.floats(allow_nan=False, allow_infinity=False),
     "features.page.default": st.one_of(numbers, texts),
     "tasks.dwell.cap": positive,
     "tasks.ctr.weight": st.floats(0, 1e300),

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
@@ -47,6 +48,8 @@ def constraints(tables: Sequence[EmbeddingTable], optimizer: TableOptimizer) -> 
     return {
         table.name: ParameterConstraints(
             sharding_types=_allowed(table, optimizer),
+            # Tables in the device's own memory: on CUDA the planner could also choose UVM, caches and SSD.
+            compute_kernels=[EmbeddingComputeKernel.FUSED.value, EmbeddingComputeKernel.DENSE.value],
             # Half the width, so that two ranks share a column-wise table.
             min_partition=max(4, table.dim // 2 // 4 * 4) if table.sharding == "column_wise" else None,
         )

@@ -61,7 +61,7 @@ class DataSection(Section):
 class TableIds(Section):
     """The part of `[[tables]]` that reading needs: how a raw id becomes a row."""
 
-    name: str = Field(min_length=1)
+    name: str
     rows: PositiveInt
     ids: Literal["hash", "index"] = "hash"
     """hash: any integer or string, modulo rows after mixing. index: the integer is the row."""

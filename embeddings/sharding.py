@@ -20,7 +20,7 @@ from torchrec.distributed.types import ShardingPlan, ShardingType
 
 from ..datasets.schema import InputError
 from .optimizer import TableOptimizer, fused_params
-from .tables import EmbeddingTable, fill_table
+from .tables import PREFIX, EmbeddingTable, fill_table
 
 MEMORY_RESERVED = 0.2
 """Share of a rank's memory that the planner leaves to batches, activations and dense weights."""
@@ -46,7 +46,7 @@ def _allowed(table: EmbeddingTable, optimizer: TableOptimizer) -> list[str]:
 
 def constraints(tables: Sequence[EmbeddingTable], optimizer: TableOptimizer) -> dict[str, ParameterConstraints]:
     return {
-        table.name: ParameterConstraints(
+        PREFIX + table.name: ParameterConstraints(
             sharding_types=_allowed(table, optimizer),
             # Tables in the device's own memory: on CUDA the planner could also choose UVM, caches and SSD.
             compute_kernels=[EmbeddingComputeKernel.FUSED.value, EmbeddingComputeKernel.DENSE.value],
@@ -109,7 +109,7 @@ def shard(
 
 def table_weights(model: nn.Module) -> dict[str, torch.Tensor | ShardedTensor]:
     """{table: weight}, sharing memory with the tables: a ShardedTensor, or a plain tensor where every rank holds it whole."""
-    return {name.split(".")[-2]: weight for name, weight in model.state_dict().items() if ".embedding_bags." in name}
+    return {name.split(".")[-2].removeprefix(PREFIX): weight for name, weight in model.state_dict().items() if ".embedding_bags." in name}
 
 
 def describe(plan: ShardingPlan) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def describe(plan: ShardingPlan) -> dict[str, Any]:
                 {"rank": s.placement.rank(), "rows": s.shard_sizes[0], "columns": s.shard_sizes[1], "offset": list(s.shard_offsets)}
                 for s in (spec.shards if spec is not None else [])
             ]
-            described[table] = {
+            described[table.removeprefix(PREFIX)] = {
                 "sharding": parameter.sharding_type,
                 "kernel": parameter.compute_kernel,
                 "ranks": parameter.ranks,

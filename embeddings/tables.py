@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import zlib
+import hashlib
 from collections.abc import Sequence
 from typing import Literal
 
@@ -15,11 +15,15 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from ..datasets.schema import Schema, TableIds
 
 INIT_BLOCK_ROWS = 1 << 16
+PREFIX = "table_"
+"""Before a table's name in the model, where a module may not be called `items` or `keys`."""
 
 
 class EmbeddingTable(TableIds):
     """`[[tables]]`: one embedding table. Features may share it."""
 
+    name: str = Field(pattern=r"^[^./@]+$")
+    """Without dots, slashes or @."""
     dim: int = Field(gt=0)
     """Width of a vector; a multiple of 4."""
     init: PositiveFloat = 0.01
@@ -35,30 +39,18 @@ class EmbeddingTable(TableIds):
 
 
 def table_configs(tables: Sequence[EmbeddingTable], schema: Schema) -> list[EmbeddingBagConfig]:
-    """One TorchRec config a table.
-
-    Raises:
-        ValueError: two list features of one table pool differently.
-    """
-    configs = []
-    for table in tables:
-        features = [f for f in schema.features if f.table == table.name]
-        poolings = {f.pooling for f in features if f.kind == "ids"} or {"mean"}
-        if len(poolings) > 1:
-            raise ValueError(
-                f"table '{table.name}': its features pool by {' and by '.join(sorted(poolings))}; give each pooling its own table"
-            )
-        configs.append(
-            EmbeddingBagConfig(
-                name=table.name,
-                num_embeddings=table.rows,
-                embedding_dim=table.dim,
-                feature_names=[f.name for f in features],
-                pooling=PoolingType.MEAN if poolings == {"mean"} else PoolingType.SUM,
-                init_fn=torch.nn.init.zeros_,
-            )
+    """One TorchRec config a table. All pool by sum; `Lookup` makes means of them, see there."""
+    return [
+        EmbeddingBagConfig(
+            name=PREFIX + table.name,
+            num_embeddings=table.rows,
+            embedding_dim=table.dim,
+            feature_names=[f.name for f in schema.features if f.table == table.name],
+            pooling=PoolingType.SUM,
+            init_fn=torch.nn.init.zeros_,
         )
-    return configs
+        for table in tables
+    ]
 
 
 def meta_collection(tables: Sequence[EmbeddingTable], schema: Schema) -> EmbeddingBagCollection:
@@ -69,7 +61,8 @@ def meta_collection(tables: Sequence[EmbeddingTable], schema: Schema) -> Embeddi
 def initial_rows(table: EmbeddingTable, seed: int, block: int) -> torch.Tensor:
     """Initial weights of rows [block * INIT_BLOCK_ROWS, ...) of a table: a function of seed, table name and block alone."""
     rows = min(INIT_BLOCK_ROWS, table.rows - block * INIT_BLOCK_ROWS)
-    generator = torch.Generator().manual_seed((seed << 40) ^ (zlib.crc32(table.name.encode()) << 24) ^ block)
+    key = hashlib.sha256(f"{seed} {block} {table.name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little"))
     return torch.empty(rows, table.dim).normal_(0.0, table.init, generator=generator)
 
 

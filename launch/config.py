@@ -11,7 +11,7 @@ import tomli_w
 from pydantic import BaseModel, ValidationError, model_validator
 
 from ..datasets.schema import DataSection, Feature, InputError, Schema, Section, nearest
-from ..embeddings.tables import EmbeddingTable, table_configs
+from ..embeddings.tables import EmbeddingTable
 from ..mmoe.balance import BalanceSection
 from ..mmoe.heads import Task
 from ..mmoe.model import ModelSection, RetrievalSection
@@ -46,9 +46,9 @@ class Recipe(Section):
             raise ValueError("the recipe has no [[tasks]]")
         if not any(feature.is_id for feature in self.features):
             raise ValueError("the recipe has no feature of kind 'id' or 'ids'; without tables there is nothing to shard")
-        table_configs(self.tables, self.data_schema)
+        schema = self.data_schema
         if self.retrieval is not None:
-            self.retrieval.check(self.data_schema)
+            self.retrieval.check(schema)
         self.train.check_monitor(self.tasks, self.data)
         return self
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from ..datasets.schema import DataSection, Label, Section, nearest
 from ..embeddings.optimizer import TableOptimizer
@@ -28,7 +28,7 @@ class TrainSection(Section):
     """Added to the root of Adagrad's accumulator."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the tower's matrix products; tables, losses and optimizers stay fp32."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     log_every: PositiveInt = 20
     """Steps between two lines of metrics.jsonl."""
     evaluate_every: NonNegativeInt = 0

@@ -48,6 +48,17 @@ table = "item"
 side = "user"
 max_length = 5
 [[features]]
+name = "queries"
+kind = "ids"
+table = "words"
+side = "user"
+[[features]]
+name = "bought"
+kind = "ids"
+table = "user"
+side = "user"
+pooling = "sum"
+[[features]]
 name = "page"
 kind = "id"
 table = "words"
@@ -104,9 +115,11 @@ def rows(count: int, seed: int = 0) -> dict[str, Any]:
     length = rng.integers(5, 300, count)
     dwell = (click * length * 1000 * rng.random(count)).astype(np.int64)
     seen = [rng.integers(0, 60, n).tolist() for n in rng.integers(0, 8, count)]
+    queries = [rng.integers(0, 30, n).tolist() for n in rng.integers(0, 5, count)]
+    bought = [rng.integers(0, 200, n).tolist() for n in rng.integers(0, 3, count)]
     names = np.array(["home", "search", "feed"])
     return {
-        "user": user, "item": item, "seen": seen, "page": names[page], "length": length, "click": click, "buy": buy,
+        "user": user, "item": item, "seen": seen, "queries": queries, "bought": bought, "page": names[page], "length": length, "click": click, "buy": buy,
         "dwell_ms": dwell, "time_ms": np.arange(count),
     }  # fmt: skip
 

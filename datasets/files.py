@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from functools import lru_cache
+from glob import glob
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,24 +14,31 @@ from .row_groups import RowGroup
 from .schema import InputError, nearest
 
 
+def is_there(pattern: str) -> bool:
+    """Whether a file or folder has this name, or a glob matches any."""
+    return Path(pattern).exists() or bool(glob(pattern, recursive=True))
+
+
+def _parquet_files(path: Path) -> list[Path]:
+    return [p for p in path.glob("**/*.parquet") if p.is_file()] if path.is_dir() else [path]
+
+
 def find_files(root: str | Path, pattern: str) -> list[str]:
-    """Parquet files of a file name, folder or glob below `root`, sorted.
+    """Parquet files of a file name, folder or glob, sorted; relative to `root`, unless absolute.
 
     Raises:
         InputError: nothing there.
     """
     path = Path(root) / pattern
-    if path.is_file():
-        return [str(path)]
-    found = (
-        sorted(path.glob("**/*.parquet")) if path.is_dir() else sorted(Path(root).glob(pattern)) if not Path(pattern).is_absolute() else []
-    )
-    if not found and path.is_dir():
+    matches = [path] if path.exists() else [Path(root) / match for match in glob(pattern, root_dir=root, recursive=True)]
+    # A glob with ** matches both a folder and the files in it.
+    found = sorted({file for match in matches for file in _parquet_files(match)})
+    if found:
+        return [str(file) for file in found]
+    if matches:
         raise InputError(f"{path}: a folder without parquet files")
-    if not found:
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise InputError(f"no such file: {path}{nearest(path.name, siblings)}")
-    return [str(p) for p in found]
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    raise InputError(f"no such file: {path}{nearest(path.name, siblings)}")
 
 
 def open_file(path: str) -> pq.ParquetFile:

@@ -87,8 +87,12 @@ class Loader:
         for start in range(position.row, self.num_rows, self.global_batch_size):
             stop = min(start + self.global_batch_size, self.num_rows)
             ranges = order.share(start, stop, self.rank, self.world_size)
-            lanes = {r.lane: lanes.get(r.lane) or LaneReader(order, r.lane, self._decode) for r in ranges}
+            # Where lanes do not divide the batch, a boundary lane is this rank's in one batch and not in the next: its reader stays.
+            lanes |= {r.lane: LaneReader(order, r.lane, self._decode) for r in ranges if r.lane not in lanes}
             yield self._batch(lanes, ranges, -(-(stop - start) // self.world_size))
+            finished = np.flatnonzero(order.taken(stop) == order.lane_lengths)
+            for lane in finished:
+                lanes.pop(int(lane), None)
 
     def _decode(self, group: RowGroup) -> Columns:
         return decode(group, self.schema, labels=self.labels, skip_features=self.skip_features)

@@ -25,7 +25,7 @@ def _is_number(kind: pa.DataType) -> bool:
     return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
@@ -41,42 +41,77 @@ def _fits(feature: Feature, kind: pa.DataType) -> bool:
         if not _is_list(kind):
             return False
         # Lists that are all empty have values of type null.
-        is_id = _is_text(kind.value_type) or pa.types.is_null(kind.value_type)
+        is_id = is_text(kind.value_type) or pa.types.is_null(kind.value_type)
         return _is_number(kind.value_type) or (feature.kind == "ids" and is_id)
-    return _is_number(kind) or (feature.kind == "id" and feature.buckets is None and _is_text(kind))
+    return _is_number(kind) or (feature.kind == "id" and feature.buckets is None and is_text(kind))
 
 
 _WANTED = {"id": "integers or strings", "ids": "lists of integers or strings", "dense": "numbers", "vector": "lists of numbers"}
 
 
+def is_moment(kind: pa.DataType) -> bool:
+    return pa.types.is_date(kind) or pa.types.is_timestamp(kind)
+
+
+def _is_group(kind: pa.DataType) -> bool:
+    kind = _value_type(kind)
+    return pa.types.is_integer(kind) or pa.types.is_boolean(kind) or is_text(kind) or is_moment(kind)
+
+
+def _is_scenario(kind: pa.DataType) -> bool:
+    return not pa.types.is_nested(_value_type(kind))
+
+
+def _is_time(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or is_moment(kind)
+
+
+def _check_label_columns(schema: Schema, path: str, columns: pa.Schema) -> None:
+    data = schema.data
+    wanted = [(label.label, f"task '{label.name}'", _is_number, "numbers") for label in schema.labels]
+    wanted += [
+        (column, key, fits, wants)
+        for column, key, fits, wants in (
+            (data.weight, "data.weight", _is_number, "numbers"),
+            (data.group, "data.group", _is_group, "integers, strings, booleans, dates or timestamps"),
+            (data.scenario, "data.scenario", _is_scenario, "one value a row"),
+            (data.time, "data.time", _is_time, "numbers, dates or timestamps"),
+        )
+        if column is not None
+    ]
+    for column, asked_by, fits, wants in wanted:
+        kind = _one_column(path, columns, column, asked_by).type
+        if not fits(kind):
+            raise InputError(f"{path}: column '{column}' is {kind}, but {asked_by} needs {wants}")
+
+
+def _one_column(path: str, columns: pa.Schema, column: str, asked_by: str) -> pa.Field:
+    count = columns.names.count(column)
+    if count == 0:
+        raise InputError(f"{path}: no column '{column}' for {asked_by}{nearest(column, columns.names)}")
+    if count > 1:
+        raise InputError(f"{path}: {count} columns are named '{column}', which {asked_by} reads")
+    return columns.field(column)
+
+
 def check_columns(schema: Schema, path: str, *, labels: bool, skip_features: Collection[str] = ()) -> None:
-    """Every column the recipe reads is there with a type that fits.
+    """Every column the recipe reads is there once with a type that fits.
 
     Raises:
         InputError: names the column, the file, what is there and the nearest name.
     """
     columns = open_file(path).schema_arrow
-    wanted: list[tuple[str, str]] = [(f.column, f"feature '{f.name}'") for f in schema.features if f.name not in skip_features]
-    if labels:
-        wanted += [(label.label, f"task '{label.name}'") for label in schema.labels]
-        extra = {"data.scenario": schema.data.scenario, "data.group": schema.data.group, "data.weight": schema.data.weight}
-        wanted += [(column, key) for key, column in extra.items() if column is not None]
-    for column, asked_by in wanted:
-        if column not in columns.names:
-            raise InputError(f"{path}: no column '{column}' for {asked_by}{nearest(column, columns.names)}")
     for feature in schema.features:
-        if feature.name not in skip_features and not _fits(feature, columns.field(feature.column).type):
+        if feature.name in skip_features:
+            continue
+        kind = _one_column(path, columns, feature.column, f"feature '{feature.name}'").type
+        if not _fits(feature, kind):
             wants = "numbers" if feature.buckets is not None else _WANTED[feature.kind]
             raise InputError(
-                f"{path}: column '{feature.column}' is {columns.field(feature.column).type}, but feature '{feature.name}' "
-                f"of kind '{feature.kind}' needs {wants}"
+                f"{path}: column '{feature.column}' is {kind}, but feature '{feature.name}' of kind '{feature.kind}' needs {wants}"
             )
     if labels:
-        numbers = [(label.label, f"task '{label.name}'") for label in schema.labels]
-        numbers += [(schema.data.weight, "data.weight")] if schema.data.weight else []
-        for column, asked_by in numbers:
-            if not _is_number(columns.field(column).type):
-                raise InputError(f"{path}: column '{column}' is {columns.field(column).type}, but {asked_by} needs numbers")
+        _check_label_columns(schema, path, columns)
 
 
 def plain_column(table: pa.Table, column: str) -> pa.Array:

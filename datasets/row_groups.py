@@ -58,8 +58,8 @@ class EpochOrder:
 
     Args:
         row_groups: all row groups of the split, in file order.
-        shuffle: whether to permute row groups and the rows in each; without it the order is the file order.
-        window: number of lanes; without shuffle one lane keeps the file order.
+        shuffle: whether to permute row groups and the rows in each; without it they stay in file order.
+        window: number of lanes; one lane without shuffle is the file order.
     """
 
     def __init__(self, row_groups: Sequence[RowGroup], *, seed: int, epoch: int, shuffle: bool, window: int) -> None:
@@ -67,7 +67,7 @@ class EpochOrder:
         groups = [group for group in row_groups if group.rows > 0]
         if shuffle:
             groups = [groups[i] for i in self._generator(0).permutation(len(groups))]
-        num_lanes = max(1, min(window, len(groups))) if shuffle else 1
+        num_lanes = max(1, min(window, len(groups)))
         self.lanes: list[list[RowGroup]] = [[] for _ in range(num_lanes)]
         lengths = np.zeros(num_lanes, np.int64)
         for group in groups:

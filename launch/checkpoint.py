@@ -110,7 +110,12 @@ def _manifest(entries: Iterable[dict[str, Any]], facts: dict[str, Any]) -> dict[
         for name, tensor in entry["tensors"].items():
             whole = tensors.setdefault(name, {**tensor, "parts": []})
             whole["parts"] += [{"file": entry["file"], **part} for part in tensor["parts"]]
-    return {"format": FORMAT, **facts, "files": files, "tensors": tensors}
+    content = {"format": FORMAT, **facts, "files": files, "tensors": tensors}
+    return {**content, "sha256": _content_digest(content)}
+
+
+def _content_digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def save(folder: Path, state: State, own: Mapping[str, torch.Tensor], facts: dict[str, Any]) -> None:
@@ -171,6 +176,8 @@ class Reader:
         self.folder = folder
         try:
             self.manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            if self.manifest.pop("sha256") != _content_digest(self.manifest):
+                raise InputError(f"{folder / MANIFEST}: damaged (its SHA-256 differs from its content)")
             if self.manifest["format"] != FORMAT:
                 raise InputError(f"{folder}: checkpoint format {self.manifest['format']}; this version reads {FORMAT}")
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -226,33 +233,39 @@ class Reader:
         if saved["shape"] != _shape(target):
             raise InputError(f"{self.folder}: '{name}' has shape {saved['shape']}, the recipe's has {_shape(target)}")
         for part in local_parts(target):
-            for source in saved["parts"]:
-                self._copy_overlap(source, part)
+            copied = sum(self._copy_overlap(source, part) for source in saved["parts"])
+            assert copied == part.tensor.numel(), f"{name}: {copied} of {part.tensor.numel()} values are in the checkpoint"
 
-    def _copy_overlap(self, source: dict[str, Any], part: Part) -> None:
+    def _copy_overlap(self, source: dict[str, Any], part: Part) -> int:
+        """Copy what a saved part and a held part have in common; returns the number of values."""
         source_ends = [o + s for o, s in zip(source["offsets"], source["sizes"], strict=True)]
         low = [max(a, b) for a, b in zip(source["offsets"], part.offsets, strict=True)]
         high = [min(a, b) for a, b in zip(source_ends, part.ends, strict=True)]
         if any(a >= b for a, b in zip(low, high, strict=True)):
-            return
+            return 0
         try:
             with safe_open(self.folder / source["file"], framework="pt") as file:
                 if not low:
                     part.tensor.copy_(file.get_tensor(source["key"]))
-                    return
+                    return 1
                 taken = file.get_slice(source["key"])[
                     tuple(slice(a - o, b - o) for a, b, o in zip(low, high, source["offsets"], strict=True))
                 ]
         except (SafetensorError, OSError) as error:
             raise InputError(f"{self.folder / source['file']}: cannot be read ({error})") from error
         part.tensor[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, part.offsets, strict=True))].copy_(taken)
+        return taken.numel()
 
 
 def open_newest(checkpoints: Path) -> Iterator[Reader]:
-    """Committed checkpoints, newest first; a damaged one is named and passed over."""
+    """Committed checkpoints, newest first; a damaged one is named, set aside as `step_N.damaged`, and passed over. Collective."""
     for folder in reversed(committed(checkpoints)):
         try:
             yield Reader(folder)
         except InputError as error:
             if dist.get_rank() == 0:
-                print(f"warning: {error}; trying the checkpoint before it", flush=True)
+                print(f"warning: {error}; set aside, trying the checkpoint before it", flush=True)
+                aside = folder.with_name(folder.name + ".damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+            dist.barrier()

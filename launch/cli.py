@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json as jsonlib
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,6 +21,8 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
 
+USAGE_ERROR: Any = typer.BadParameter.__base__
+"""What the command-line parser raises; typer exports only what derives from it."""
 Run = Annotated[Path, typer.Option(help="run folder", show_default=False)]
 NumRanks = Annotated[int, typer.Option(min=1, help="processes; one a GPU, or a few on CPU")]
 Data = Annotated[str, typer.Option(help="parquet file, folder or glob; or one relative to the recipe's data.root", show_default=False)]
@@ -44,7 +47,10 @@ def synth(
     console = Console()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("synth", total=rows)
-        counts = write_world(world, out, lambda done, total: bar.update(task, completed=done, total=total))
+        try:
+            counts = write_world(world, out, lambda done, total: bar.update(task, completed=done, total=total))
+        except OSError as error:
+            raise InputError(f"{out}: cannot write there ({error.strerror})") from error
     print(f"{out}: {', '.join(f'{name} {count:,}' for name, count in counts.items())}")
 
 
@@ -67,8 +73,11 @@ def train(
     resolved = load_recipe(recipe, set or [])
     check_data(resolved)
     claim(run, resume=resume)
-    save_recipe(resolved, run / "recipe.toml")
-    _launch("train", {"recipe": run / "recipe.toml", "run": run, "resume": resume}, ranks, run)
+    # Not into the run folder yet: a resume that is refused must leave its recipe alone.
+    with tempfile.TemporaryDirectory() as scratch:
+        handed_over = Path(scratch) / "recipe.toml"
+        save_recipe(resolved, handed_over)
+        _launch("train", {"recipe": handed_over, "run": run, "resume": resume}, ranks, run)
 
 
 @app.command()
@@ -80,6 +89,8 @@ def evaluate(
 ) -> None:
     """Metrics of a run on rows with labels."""
     _check_run(run)
+    if json is not None:
+        _check_output(json)
     _launch("evaluate", {"run": run, "data": data, "json": json}, ranks, run)
 
 
@@ -89,6 +100,7 @@ def predict(
 ) -> None:
     """Predictions in input row order, one column a task."""
     _check_run(run)
+    _check_output(out)
     _launch("predict", {"run": run, "data": data, "out": out}, ranks, run)
 
 
@@ -96,6 +108,8 @@ def predict(
 def export(run: Run, out: Annotated[Path, typer.Option(help="folder to write", show_default=False)], ranks: NumRanks = 1) -> None:
     """User and item vectors, and an index over the items."""
     _check_run(run)
+    if out.is_file():
+        raise InputError(f"{out} is a file; export writes a folder")
     _launch("export", {"run": run, "out": out}, ranks, run)
 
 
@@ -140,25 +154,48 @@ def _check_run(run: Path) -> None:
     read_recipe(run)
 
 
+def _check_output(file: Path) -> None:
+    """The file can be written, which is better known before the work than after it."""
+    if file.is_dir():
+        raise InputError(f"{file} is a folder; give a file")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{file.parent}: cannot make the folder ({error.strerror})") from error
+
+
 def _launch(command: str, options: dict[str, object], ranks: int, run: Path) -> None:
     from .local import launch
 
     given = {key: value for key, value in options.items() if value not in (None, False)}
-    launch(command, [part for key, value in given.items() for part in (f"--{key}", str(value))], ranks=ranks, log_dir=run / "logs")
+    log_dir = run / "logs"
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a run that others own can still be evaluated
+        log_dir = Path(tempfile.mkdtemp(prefix="triptych_logs_"))
+    launch(command, [part for key, value in given.items() for part in (f"--{key}", str(value))], ranks=ranks, log_dir=log_dir)
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Entry point. Wrong input is one line on stderr and exit code 2; a failure of ranks is one line and exit code 1."""
+    """Entry point. What goes wrong is one line on stderr: exit code 2 for wrong input, 1 for a failure, 130 when interrupted."""
+    from torchx.schedulers.local_scheduler import SignalException
+
     from .local import RanksFailed
 
     try:
-        app(args)
-    except InputError as error:
+        sys.exit(app(args, standalone_mode=False))
+    except (InputError, RanksFailed) as error:
         print(f"triptych: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    except (KeyboardInterrupt, SignalException, typer.Abort):
+        print("triptych: interrupted; a training goes on from its last checkpoint with --resume", file=sys.stderr)
+        sys.exit(130)
+    except USAGE_ERROR as error:
+        if args == [] or (args is None and len(sys.argv) == 1):
+            print(error.format_message())  # no command: the help
+            sys.exit(0)
+        print(f"triptych: {error.format_message()}; see triptych --help", file=sys.stderr)
         sys.exit(2)
-    except RanksFailed as error:
-        print(f"triptych: {error}", file=sys.stderr)
-        sys.exit(1)
 
 
 if __name__ == "__main__":

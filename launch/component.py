@@ -12,7 +12,7 @@ from torchx.components.dist import ddp
 def train(
     recipe: str,
     run: str,
-    set: Optional[List[str]] = None,
+    set: str = "",
     resume: bool = False,
     nodes: int = 1,
     ranks: int = 1,
@@ -30,7 +30,7 @@ def train(
     Args:
         recipe: recipe file, as every node sees it
         run: run folder, on storage that every node sees
-        set: overrides, key=value, separated by commas
+        set: overrides, key=value, separated by semicolons
         resume: go on from the last checkpoint of the run
         nodes: number of nodes
         ranks: processes a node; one a GPU
@@ -43,7 +43,8 @@ def train(
         max_retries: how often the scheduler may restart the job
         rdzv_port: port of the first node where ranks meet
     """
-    args = ["--recipe", recipe, "--run-dir", run, *(part for override in set or [] for part in ("--set", override))]
+    args = ["--recipe", recipe, "--run-dir", run, *(part for override in set.split(";") if override for part in ("--set", override))]
+    resume = resume or max_retries > 0  # a restarted job finds its own checkpoints
     return _ranks("train", args + (["--resume"] if resume else []), nodes, ranks, cpu, gpu, memMB, h, image, env, max_retries, rdzv_port)
 
 

@@ -91,6 +91,14 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     path.write_text(tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
 
 
+def meaning(recipe: Recipe) -> dict[str, Any]:
+    """What a checkpoint's numbers mean: ids, features and labels, in their order. Plans, weights and rates may change between runs."""
+    tables = recipe.model_dump(mode="json", include={"tables": {"__all__": {"name", "rows", "dim", "ids"}}})
+    features = recipe.model_dump(mode="json", include={"features"})
+    tasks = recipe.model_dump(mode="json", include={"tasks": {"__all__": {"name", "kind", "label", "given", "scale", "cap"}}})
+    return tables | features | tasks
+
+
 def apply_override(values: dict[str, Any], override: str) -> None:
     """Set one dotted key in place.
 

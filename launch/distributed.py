@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import logging
 import os
+import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +24,9 @@ from .console import FAILURE_FILE
 from .stack import has_cuda_kernels
 
 TIMEOUT = timedelta(minutes=30)
+LOST_A_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+"""Signs that another rank went first: the reason to tell is that one's."""
+PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ def quiet_the_stack() -> None:
     logging.getLogger("torch.fx").setLevel(logging.ERROR)
 
 
-@contextmanager
+@contextlib.contextmanager
 def process_group() -> Iterator[Ranks]:
     """Join the ranks that torchrun started, or be the only one. gloo serves CPU tensors, nccl CUDA tensors."""
     quiet_the_stack()
@@ -73,14 +78,16 @@ def process_group() -> Iterator[Ranks]:
         dist.init_process_group(backend, timeout=TIMEOUT)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
-    try:
-        yield Ranks(rank, world_size, local_rank, local_world_size, device)
-    finally:
-        dist.destroy_process_group()
+    yield Ranks(rank, world_size, local_rank, local_world_size, device)
+    # Only after success: with work outstanding it may block, and a failing rank must first say why.
+    dist.destroy_process_group()
 
 
 def run_rank(work: Callable[[], None]) -> None:
     """Run one rank's work as a process's main: wrong input exits with 2 and one line, anything else with 1 and a traceback."""
+    if FAILURE_FILE in os.environ:
+        # Launched on this machine: a rank must not train on when torchrun is gone, beside the run that takes its place.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
         work()
     except InputError as error:
@@ -88,7 +95,8 @@ def run_rank(work: Callable[[], None]) -> None:
             print(f"triptych: {error}", file=sys.stderr, flush=True)
         os._exit(2)  # other ranks may wait in a collective, and so would an orderly exit
     except Exception as error:
-        leave_reason("failure", f"{type(error).__name__}: {error}")
+        if not any(sign in str(error) for sign in LOST_A_PEER):
+            leave_reason("failure", f"{type(error).__name__}: {error}")
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
@@ -102,9 +110,9 @@ def leave_reason(kind: str, message: str) -> bool:
     path = os.environ.get(FAILURE_FILE)
     if path is None:
         return False
-    try:
-        with Path(path).open("x", encoding="utf-8") as file:
-            json.dump({"kind": kind, "message": " ".join(message.split()), "rank": int(os.environ.get("RANK", "0"))}, file)
-    except FileExistsError:
-        pass
+    rank = int(os.environ.get("RANK", "0"))
+    beside = Path(f"{path}.{rank}")
+    beside.write_text(json.dumps({"kind": kind, "message": " ".join(message.split()), "rank": rank}), encoding="utf-8")
+    with contextlib.suppress(FileExistsError):
+        os.link(beside, path)
     return True

@@ -11,7 +11,7 @@ import typer  # noqa: E402
 
 from .console import ProgressLines, say, summary  # noqa: E402
 from .distributed import process_group, run_rank  # noqa: E402
-from .inference import Split  # noqa: E402
+from .inference import Split, given_files  # noqa: E402
 from .records import write_json  # noqa: E402
 from .run_folder import load_run, read_recipe  # noqa: E402
 
@@ -24,7 +24,7 @@ def main(
     def work() -> None:
         recipe = read_recipe(run)
         with process_group() as ranks:
-            split = Split(Path(data).stem, recipe.data_schema, recipe.tasks, data, ranks)
+            split = Split(Path(data).stem, recipe.data_schema, recipe.tasks, given_files(recipe.data_schema, data), ranks)
             built, step = load_run(run, recipe, ranks)
             metrics = split.evaluate(built.model, step, ProgressLines("evaluate", ranks.is_first))
             if metrics is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,12 +13,12 @@ import torch.distributed as dist
 from torch import nn
 
 from ..datasets.batch import Batch
-from ..datasets.files import find_files, list_row_groups, read_row_group
-from ..datasets.ids import mix, string_codes
+from ..datasets.files import find_files, is_there, list_row_groups, read_row_group
+from ..datasets.ids import string_codes
 from ..datasets.loader import Loader
-from ..datasets.parquet import check_columns, label_columns, labels_of, weights_of
+from ..datasets.parquet import check_columns, is_moment, is_text, label_columns, labels_of, plain_column, weights_of
 from ..datasets.row_groups import RowGroup
-from ..datasets.schema import InputError, Schema
+from ..datasets.schema import Feature, InputError, Schema
 from ..mmoe.heads import Task
 from ..mmoe.metrics import TaskColumns, report
 from .config import Recipe
@@ -32,17 +31,28 @@ def no_progress(done: int, total: int) -> None:
     pass
 
 
-def split_files(schema: Schema, data: str | Path) -> list[str]:
-    """Files of a split: a path as it is, or one relative to the recipe's root.
+def split_files(schema: Schema, data: str) -> list[str]:
+    """Files of a recipe's key: relative to the recipe's root, unless absolute.
 
     Raises:
-        InputError: neither is there.
+        InputError: nothing there.
     """
-    return find_files(".", str(data)) if Path(data).exists() else find_files(schema.data.root, str(data))
+    return find_files(schema.data.root, data)
+
+
+def given_files(schema: Schema, data: str) -> list[str]:
+    """Files of the command line's --data: relative to the working directory, or else to the recipe's root.
+
+    Raises:
+        InputError: nothing there.
+    """
+    return find_files("." if is_there(data) else schema.data.root, data)
 
 
 def check_data(recipe: Recipe) -> None:
     """The files a training run reads are there and have the columns the recipe names.
+
+    Labels of `valid` and ids of `items` are read too: those files' turn comes late, after an epoch or at the export.
 
     Raises:
         InputError: names the file and the column.
@@ -53,10 +63,28 @@ def check_data(recipe: Recipe) -> None:
     for split in (data.train, data.valid):
         for path in split_files(schema, split) if split else []:
             check_columns(schema, path, labels=True)
+    if data.valid:
+        _check_labels(schema, split_files(schema, data.valid))
     if data.items and recipe.retrieval:
-        others = [f.name for f in schema.features if f.side != "item"]
-        for path in split_files(schema, data.items):
-            check_columns(schema, path, labels=False, skip_features=others)
+        _check_catalogue(schema, split_files(schema, data.items), schema.feature(recipe.retrieval.item))
+
+
+def _check_labels(schema: Schema, files: list[str]) -> None:
+    for group in list_row_groups(files):
+        table, where = read_row_group(group, list(dict.fromkeys(label_columns(schema))))
+        labels_of(table, schema, where)
+        weights_of(table, schema, where)
+
+
+def _check_catalogue(schema: Schema, files: list[str], item: Feature) -> None:
+    others = [f.name for f in schema.features if f.side != "item"]
+    for path in files:
+        check_columns(schema, path, labels=False, skip_features=others)
+    for group in list_row_groups(files):
+        table, where = read_row_group(group, [item.column])
+        nulls = table.column(item.column).null_count
+        if nulls:
+            raise InputError(f"{where}: column '{item.column}' has {nulls} nulls; every item of the catalogue needs an id")
 
 
 def entity_loader(schema: Schema, groups: Sequence[RowGroup], ranks: Ranks, skip_features: Sequence[str] = ()) -> Loader:
@@ -107,50 +135,61 @@ def predict_rows(model: nn.Module, loader: Loader, ranks: Ranks, progress: Progr
     return in_order_NT.numpy()
 
 
-def group_codes(values: pa.ChunkedArray | pa.Array) -> np.ndarray:
-    """One int64 a distinct value; equal values have equal codes."""
-    if pa.types.is_dictionary(values.type):
-        values = values.cast(values.type.value_type)
-    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-        flat = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
-        return string_codes(flat.fill_null("")).view(np.int64)
-    if pa.types.is_integer(values.type):
-        return pc.cast(values.fill_null(-1), pa.int64()).to_numpy()
-    return mix(pc.cast(values, pa.float64()).to_numpy().view(np.uint64)).view(np.int64)
+# Nulls are a group of their own; a number that no id or hash is likely to be.
+_NULL_CODE = -0x1E3779B97F4A7C15
+
+
+def group_codes(values: pa.Array) -> np.ndarray:
+    """int64 [N]: equal codes for equal values, whatever width their column's type has; moments count to the microsecond."""
+    if is_text(values.type):
+        codes = string_codes(values.fill_null("")).view(np.int64)
+    else:
+        if is_moment(values.type):
+            zone = getattr(values.type, "tz", None)
+            values = pc.cast(values, pa.timestamp("us", zone), safe=False)
+        wide = pa.uint64() if pa.types.is_uint64(values.type) else pa.int64()
+        codes = pc.cast(values, wide).fill_null(0).to_numpy(zero_copy_only=False).view(np.int64)
+    return np.where(values.is_null().to_numpy(zero_copy_only=False), _NULL_CODE, codes)
 
 
 def evaluate_rows(prediction_NT: np.ndarray, groups: Sequence[RowGroup], schema: Schema, tasks: Sequence[Task]) -> dict[str, Any]:
     """Compare predictions with the files' labels: `tasks` and `scenarios` as in result.json."""
-    extra = [column for column in (schema.data.group, schema.data.scenario) if column is not None]
-    tables, labels, weights = [], [], []
+    data = schema.data
+    names = label_columns(schema) + [column for column in (data.group, data.scenario) if column is not None]
+    labels, weights, codes, scenarios = [], [], [], []
     for group in groups:
-        table, where = read_row_group(group, list(dict.fromkeys(label_columns(schema) + extra)))
+        table, where = read_row_group(group, list(dict.fromkeys(names)))
         labels.append(labels_of(table, schema, where)[0])
         weights.append(weights_of(table, schema, where))
-        tables.append(table.select(extra))
-    label_NT, table = np.concatenate(labels), pa.concat_tables(tables)
+        if data.group:
+            codes.append(group_codes(plain_column(table, data.group)))
+        if data.scenario:
+            scenarios += plain_column(table, data.scenario).to_pylist()
+    label_NT = np.concatenate(labels)
     columns = [
         TaskColumns(task.name, task.kind, task.given, prediction_NT[:, t].astype(np.float64), label_NT[:, t])
         for t, task in enumerate(tasks)
     ]
     return report(
         columns,
-        group_N=group_codes(table.column(schema.data.group)) if schema.data.group else None,
-        scenario_N=np.asarray(table.column(schema.data.scenario).to_pylist(), dtype=object) if schema.data.scenario else None,
-        weight_N=np.concatenate(weights) if schema.data.weight else None,
+        group_N=np.concatenate(codes) if data.group else None,
+        scenario_N=np.asarray(scenarios, dtype=object) if data.scenario else None,
+        weight_N=np.concatenate(weights) if data.weight else None,
     )
 
 
 class Split:
     """Files with labels, checked against the recipe, ready to be evaluated again and again.
 
+    Args:
+        data: the files, or a recipe's key that names them.
     Raises:
         InputError: no files, no rows, or columns that do not fit.
     """
 
-    def __init__(self, name: str, schema: Schema, tasks: Sequence[Task], data: str | Path, ranks: Ranks) -> None:
+    def __init__(self, name: str, schema: Schema, tasks: Sequence[Task], data: str | list[str], ranks: Ranks) -> None:
         self.name, self.schema, self.tasks, self.ranks = name, schema, tasks, ranks
-        files = split_files(schema, data)
+        files = split_files(schema, data) if isinstance(data, str) else data
         for path in files:
             check_columns(schema, path, labels=True)
         self.groups = list_row_groups(files)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from torchx.runner import get_runner
 from torchx.schedulers.api import Stream
 
@@ -20,8 +22,10 @@ from .console import FAILURE_FILE, PROGRESS
 
 COMPONENT = Path(__file__).parent / "component.py"
 FIRST_RANK = "[0]:"
-KEPT_ON_FAILURE = 15
+KEPT_ON_FAILURE = 40
 """Lines of the log shown when ranks fail without saying why."""
+KILLED = re.compile(r"Root Cause.*?rank\s*: (?P<rank>\d+).*?exitcode\s*: -(?P<signal>\d+)", re.DOTALL)
+"""torchrun's report of the rank that failed first."""
 
 
 class RanksFailed(RuntimeError):
@@ -60,6 +64,11 @@ def launch(command: str, args: Sequence[str], *, ranks: int, log_dir: Path) -> N
                 raise InputError(reason["message"])
             raise RanksFailed(f"rank {reason['rank']} failed: {reason['message']}; its log is under {log_dir}")
         if status is None or status.state.name != "SUCCEEDED":
+            killed = KILLED.search("\n".join(tail))
+            if killed:
+                raise RanksFailed(
+                    f"rank {killed['rank']} was killed by signal {killed['signal']} (out of memory?); the log is under {log_dir}"
+                )
             print("\n".join(tail), file=sys.stderr)
             raise RanksFailed(f"the ranks ended as {status.state.name if status else 'unknown'}; their log is under {log_dir}")
 
@@ -80,14 +89,9 @@ def _follow(lines: Iterable[str]) -> list[str]:
     """Print what the first rank says, as a bar on a terminal; return the last lines of all ranks."""
     console = Console()
     tail: list[str] = []
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    bar = Progress(*columns, console=console) if console.is_terminal else None
+    note = TextColumn("{task.fields[note]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
+    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(compact=True), note)
+    bar = Progress(*columns, console=console, expand=True) if console.is_terminal else None
     with bar or nullcontext():
         stages: dict[str, TaskID] = {}
         for line in _whole_lines(lines):

@@ -16,7 +16,7 @@ from ..datasets.files import list_row_groups  # noqa: E402
 from ..datasets.parquet import check_columns  # noqa: E402
 from .console import ProgressLines, say  # noqa: E402
 from .distributed import process_group, run_rank  # noqa: E402
-from .inference import entity_loader, predict_rows, split_files  # noqa: E402
+from .inference import entity_loader, given_files, predict_rows  # noqa: E402
 from .run_folder import load_run, read_recipe  # noqa: E402
 
 
@@ -27,7 +27,7 @@ def main(
 ) -> None:
     def work() -> None:
         recipe = read_recipe(run)
-        files = split_files(recipe.data_schema, data)
+        files = given_files(recipe.data_schema, data)
         for path in files:
             check_columns(recipe.data_schema, path, labels=False)
         with process_group() as ranks:

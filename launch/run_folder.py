@@ -5,8 +5,11 @@ recipe.toml  plan.json  metrics.jsonl  tensorboard/  checkpoints/step_N/  result
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 from pathlib import Path
+from typing import IO
 
 from ..datasets.schema import InputError
 from .build import Built, build, load_model
@@ -27,6 +30,22 @@ def claim(run: Path, *, resume: bool) -> None:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{run}: cannot make the run folder ({error.strerror})") from error
+    if not os.access(run, os.W_OK):
+        raise InputError(f"{run}: the run folder is not writable")
+
+
+def lock(run: Path) -> IO[str]:
+    """Hold the folder against other trainings until the returned file is closed, at the latest by the end of this process.
+
+    Raises:
+        InputError: another process trains in it.
+    """
+    file = (run / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise InputError(f"{run}: another process trains in this folder; wait for it, end it, or choose another --run") from error
+    return file
 
 
 def read_recipe(run: Path) -> Recipe:

@@ -16,12 +16,12 @@ from ..datasets.row_groups import ReadingPosition, fingerprint
 from ..datasets.schema import InputError
 from . import checkpoint
 from .build import build, load_model, load_optimizers, model_state, optimizer_state
-from .config import Recipe, save_recipe
+from .config import Recipe, meaning, save_recipe
 from .console import ProgressLines, say, summary
 from .distributed import Ranks
 from .inference import Split, split_files
 from .records import Records, write_json
-from .run_folder import claim
+from .run_folder import claim, lock
 from .sections import BETTER_WHEN_LARGE
 
 
@@ -37,7 +37,7 @@ class Trainer:
         self.checkpoints = run / "checkpoints"
         if ranks.is_first:
             claim(run, resume=resume)
-            save_recipe(recipe, run / "recipe.toml")
+            self.lock = lock(run)
         self.loader = self._train_loader()
         self.valid = Split("valid", recipe.data_schema, recipe.tasks, recipe.data.valid, ranks) if recipe.data.valid else None
         self.built = build(recipe, ranks)
@@ -52,6 +52,7 @@ class Trainer:
             self.built.task.start_at_label_means(first_batch.to(ranks.device))
         self.progress = ProgressLines("train", ranks.is_first)
         if ranks.is_first:
+            save_recipe(recipe, run / "recipe.toml")
             write_json(run / "plan.json", self.built.plan())
             self.records = Records(run, self.step)
 
@@ -141,9 +142,25 @@ class Trainer:
             "step": self.step,
             "position": {"epoch": self.position.epoch, "row": self.position.row},
             "data": fingerprint(self.loader.row_groups),
+            "order": self._order(),
+            "meaning": meaning(self.recipe),
             "best": self.best,
             "evaluations_since_best": self.evaluations_since_best,
         }
+
+    def _order(self) -> dict[str, Any]:
+        """What, beside the files, the order of rows is a function of: a reading position is only good for one."""
+        data = self.recipe.data
+        return {"train.seed": self.section.seed, "data.shuffle": data.shuffle, "data.shuffle_row_groups": data.shuffle_row_groups}
+
+    def _check_same(self, folder: Path, facts: dict[str, Any]) -> None:
+        if facts["data"] != fingerprint(self.loader.row_groups):
+            raise InputError(f"{folder}: the training files changed since this checkpoint; restore them or start another run")
+        for key, value in (meaning(self.recipe) | (self._order() if facts["position"]["row"] else {})).items():
+            saved = {**facts["meaning"], **facts["order"]}[key]
+            if saved != value:
+                what = f" ({saved} then, {value} now)" if not isinstance(value, list) else ""
+                raise InputError(f"{folder}: '{key}' differs from the recipe of this checkpoint{what}; restore it or start another run")
 
     def _save(self) -> None:
         folder = self.checkpoints / f"step_{self.step}"
@@ -161,8 +178,7 @@ class Trainer:
                 say("nothing to resume: the run has no checkpoint; starting from the beginning")
             return
         facts = reader.manifest
-        if facts["data"] != fingerprint(self.loader.row_groups):
-            raise InputError(f"{reader.folder}: the training files changed since this checkpoint; restore them or start another run")
+        self._check_same(reader.folder, facts)
         load_model(self.built, reader)
         load_optimizers(self.built, reader)
         self.step, self.position = facts["step"], ReadingPosition(**facts["position"])

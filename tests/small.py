@@ -118,10 +118,8 @@ def rows(count: int, seed: int = 0) -> dict[str, Any]:
     queries = [rng.integers(0, 30, n).tolist() for n in rng.integers(0, 5, count)]
     bought = [rng.integers(0, 200, n).tolist() for n in rng.integers(0, 3, count)]
     names = np.array(["home", "search", "feed"])
-    return {
-        "user": user, "item": item, "seen": seen, "queries": queries, "bought": bought, "page": names[page], "length": length, "click": click, "buy": buy,
-        "dwell_ms": dwell, "time_ms": np.arange(count),
-    }  # fmt: skip
+    columns = {"user": user, "item": item, "seen": seen, "queries": queries, "bought": bought, "page": names[page], "length": length}
+    return columns | {"click": click, "buy": buy, "dwell_ms": dwell, "time_ms": np.arange(count)}
 
 
 def write_log(root: Path, *, train_rows: int = 700, valid_rows: int = 200, row_group_rows: int = 150) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -21,12 +22,14 @@ from triptych.launch.distributed import Ranks
 from triptych.launch.inference import Split, predict_rows
 from triptych.launch.trainer import Trainer
 
-PLANS = ["table_wise", "row_wise", "data_parallel"]
-DISTURBANCES = ["flipped", "cut", "missing", "other_step"]
+PLANS = ["table_wise", "row_wise", "data_parallel", "mixed"]
+MIXED = {"user": "row_wise", "item": "table_wise", "words": "data_parallel"}
+DISTURBANCES = ["flipped", "cut", "missing", "other_step", "manifest"]
 
 
 def recipe_with(path: Path, sharding: str, *more: str) -> Recipe:
-    return load_recipe(path, [*(f"tables.{table}.sharding={sharding}" for table in ("user", "item", "words")), *more])
+    plan = [f"tables.{table}.sharding={kind if sharding == 'mixed' else sharding}" for table, kind in MIXED.items()]
+    return load_recipe(path, [*plan, *more])
 
 
 def local_values(state: checkpoint.State) -> dict[str, list[tuple[tuple[int, ...], torch.Tensor]]]:
@@ -132,6 +135,10 @@ def losses(run: Path) -> list[tuple[int, dict[str, float]]]:
 
 
 def disturb(folder: Path, other: Path, disturbance: str) -> None:
+    if disturbance == "manifest":
+        manifest = folder / checkpoint.MANIFEST
+        manifest.write_text(manifest.read_text().replace('"offsets": [0, 0]', '"offsets": [1, 0]', 1))
+        return
     path = folder / "rank_1.safetensors"
     content = bytearray(path.read_bytes())
     if disturbance == "flipped":
@@ -161,7 +168,7 @@ def damage_and_open(ranks: Ranks, path: Path, whole: Path) -> list[str]:
             checkpoint.Reader(run / "checkpoints" / newest.name)
             found.append("opened the damaged one")
         except InputError as error:
-            assert "rank_1.safetensors" in str(error)
+            assert ("manifest.json" if disturbance == "manifest" else "rank_1.safetensors") in str(error)
             found.append("before" if next(checkpoint.open_newest(run / "checkpoints")).folder.name == before.name else "another")
     return found
 
@@ -181,22 +188,53 @@ def test_a_half_written_checkpoint_does_not_exist(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_10", "step_40", "step_x"]
 
 
-def resume_wrongly(ranks: Ranks, path: Path, run: Path) -> list[str]:
-    """What resuming says with other training files, with another model, and not asked for."""
-    fit(ranks, path, [("table_wise", run)], False)
-    messages = []
-    for more, resume in (("data.train=valid.parquet", True), ("tables.user.rows=98", True), ("train.lr=0.1", False)):
-        with pytest.raises(InputError) as error:
-            Trainer(recipe_with(path, "row_wise", more), run, ranks, resume=resume)
-        messages.append(str(error.value))
+WRONG_RESUMES = {
+    "data.train=valid.parquet": "the training files changed",
+    "tables.user.rows=98": "'tables' differs",
+    "features.length.scale=2.0": "'features' differs",
+    "model.expert_layers=[16, 9]": "has shape [5, 8]",
+    "train.seed=4": "'train.seed' differs from the recipe of this checkpoint (3 then, 4 now)",
+    "data.shuffle_row_groups=2": "'data.shuffle_row_groups' differs",
+}
+
+
+def resume_wrongly(ranks: Ranks, path: Path, whole: Path) -> dict[str, tuple[str, str]]:
+    """What resuming in the middle of an epoch says to each change, and the recipe it leaves in the run."""
+    fit(ranks, path, [("table_wise", whole)], False)
+    run = stopped_copy(whole, 3)
+    messages = {}
+    for change in [*WRONG_RESUMES, "not asked for"]:
+        more = [change] if change in WRONG_RESUMES else []
+        try:
+            Trainer(recipe_with(path, "row_wise", *more), run, ranks, resume=bool(more))
+            messages[change] = ("accepted", "")
+        except InputError as error:
+            messages[change] = (str(error), (run / "recipe.toml").read_text())
+        gc.collect()  # the failed trainer's lock on the folder
     return messages
 
 
-def test_resuming_with_other_data_or_another_model_is_refused(log: Path, tmp_path: Path) -> None:
-    other_data, other_model, not_asked = run_on_ranks(1, resume_wrongly, log, tmp_path / "run")[0]
-    assert "the training files changed" in other_data
-    assert "user.weight" in other_model and "[97, 8]" in other_model and "[98, 8]" in other_model
-    assert "--resume" in not_asked
+def test_resuming_what_does_not_fit_is_refused_and_changes_nothing(log: Path, tmp_path: Path) -> None:
+    messages = run_on_ranks(1, resume_wrongly, log, tmp_path / "run")[0]
+    recipe = (tmp_path / "run" / "recipe.toml").read_text()
+    for change, expected in [*WRONG_RESUMES.items(), ("not asked for", "--resume")]:
+        message, recipe_afterwards = messages[change]
+        assert expected in message, (change, message)
+        assert recipe_afterwards == recipe
+
+
+def train_twice_at_once(ranks: Ranks, path: Path, run: Path) -> str:
+    first = Trainer(recipe_with(path, "row_wise"), run, ranks, resume=False)
+    try:
+        Trainer(recipe_with(path, "row_wise"), run, ranks, resume=False)
+    except InputError as error:
+        assert first.step == 0
+        return str(error)
+    return "both train"
+
+
+def test_two_trainings_never_share_a_run_folder(log: Path, tmp_path: Path) -> None:
+    assert "another process trains" in run_on_ranks(1, train_twice_at_once, log, tmp_path / "run")[0]
 
 
 def test_a_saved_recipe_reads_back_the_same(log: Path, tmp_path: Path) -> None:

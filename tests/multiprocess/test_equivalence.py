@@ -53,7 +53,15 @@ def recipe_for(path: Path, case: str, world_size: int = 1) -> Recipe:
 
 def make_loader(recipe: Recipe, rank: int, world_size: int, split: str = "train") -> Loader:
     groups = list_row_groups([f"{recipe.data.root}/{split}.parquet"])
-    return Loader(recipe.data_schema, groups, rank=rank, world_size=world_size, seed=recipe.train.seed, shuffle=split == "train", window=3)
+    return Loader(
+        recipe.data_schema,
+        groups,
+        rank=rank,
+        world_size=world_size,
+        seed=recipe.train.seed,
+        shuffle=split == "train",
+        window=3 if split == "train" else 1,
+    )
 
 
 class PlainTables(nn.Module):

@@ -4,7 +4,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from triptych.datasets.files import find_files, list_row_groups, open_file, read_row_group
+from triptych.datasets.files import find_files, is_there, list_row_groups, open_file, read_row_group
 from triptych.datasets.schema import InputError
 
 TABLE = pa.table(
@@ -43,6 +43,24 @@ class TestFinding:
         assert find_files("elsewhere", f"{tmp_path}/b.parquet") == [f"{tmp_path}/b.parquet"]
         assert find_files(tmp_path, "*.parquet") == [f"{tmp_path}/a.parquet", f"{tmp_path}/b.parquet"]
         assert find_files(tmp_path.parent, tmp_path.name) == [f"{tmp_path}/a.parquet", f"{tmp_path}/b.parquet", f"{tmp_path}/day/c.parquet"]
+
+    def test_globs_are_relative_to_the_root_or_absolute_and_take_the_files_of_folders(self, tmp_path, monkeypatch):
+        for name in ("val1.parquet", "val2.parquet/part-0.parquet", "val2.parquet/deep/part-1.parquet", "val2.parquet/_SUCCESS"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).touch()
+        files = ["val1.parquet", "val2.parquet/deep/part-1.parquet", "val2.parquet/part-0.parquet"]
+        for pattern in ("val*.parquet", f"{tmp_path}/val*.parquet", "**/*.parquet", "**", "."):
+            wanted = files + (["val2.parquet/_SUCCESS"] if pattern == "**" else [])
+            assert find_files(tmp_path, pattern) == sorted(f"{tmp_path}/{file}" for file in wanted)
+        monkeypatch.chdir(tmp_path)
+        assert find_files(".", "val*.parquet") == files
+        assert is_there("val*.parquet") and is_there("val2.parquet") and not is_there("train*")
+
+    def test_a_root_and_a_file_named_like_a_glob(self, tmp_path):
+        (tmp_path / "[ab]").mkdir()
+        (tmp_path / "[ab]/x[1].parquet").touch()
+        for pattern in ("x[1].parquet", "*.parquet"):
+            assert find_files(tmp_path / "[ab]", pattern) == [f"{tmp_path}/[ab]/x[1].parquet"]
 
     @pytest.mark.parametrize(
         ("pattern", "message"),

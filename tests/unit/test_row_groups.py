@@ -165,8 +165,14 @@ class TestOrder:
 
     @many_examples
     @given(orders(shuffle=st.just(False)))
-    def test_without_shuffle_it_is_the_file_order_for_any_window(self, order):
-        assert naive(order).rows == list(range(order.num_rows))
+    def test_without_shuffle_every_lane_is_in_file_order_and_one_lane_is_the_file_order(self, order):
+        assert all(lane == sorted(lane) for lane in naive(order).lanes)
+        if len(order.lanes) == 1:
+            assert naive(order).rows == list(range(order.num_rows))
+
+    def test_without_shuffle_two_ranks_read_row_groups_of_their_own(self):
+        order = EpochOrder(self.GROUPS, seed=0, epoch=0, shuffle=False, window=2)
+        assert [{r.lane for start, stop in steps(order, 8) for r in order.share(start, stop, rank, 2)} for rank in (0, 1)] == [{0}, {1}]
 
     def test_a_batch_draws_evenly_from_all_open_row_groups(self):
         rows = self.rows(seed=3, epoch=0, window=4)

@@ -23,8 +23,9 @@ def main(
 ) -> None:
     def work() -> None:
         resolved = load_recipe(recipe, set or [])
-        check_data(resolved)
         with process_group() as ranks:
+            if ranks.is_first:
+                check_data(resolved)
             Trainer(resolved, run, ranks, resume=resume).fit()
 
     run_rank(work)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ import pytest
 from tests.small import rows, write_log
 from triptych.embeddings.vectors import read_all
 from triptych.launch import cli
+from triptych.launch.console import PROGRESS
 from triptych.mmoe.metrics import auc
 
 ROOT = Path(__file__).parents[2]
@@ -166,6 +169,35 @@ def test_torchx_runs_the_component(log: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "result.json").is_file()
 
 
+def test_a_killed_rank_is_named(log: Path, tmp_path: Path) -> None:
+    """As the kernel does when memory runs out; the other rank's lost connection is no news."""
+    args = ["train", "--recipe", log, "--run", tmp_path / "run", "--ranks", 2, "--set", "train.epochs=100000", "--set", "train.log_every=1"]
+    command = [sys.executable, "-m", "triptych.launch.cli", *map(str, args)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT.parent, env=env) as process:
+        next(line for line in process.stdout if PROGRESS.match(line))
+        victim = wait_for_rank(str(tmp_path / "run"), "1")
+        os.kill(victim, signal.SIGKILL)
+        _, err = process.communicate(timeout=TIMEOUT_SECONDS)
+    assert process.returncode == 1
+    assert "rank 1 was killed by signal 9" in err and "gloo" not in err, err
+
+
+def wait_for_rank(run: str, rank: str) -> int:
+    """The process of one rank of a run, once it is there."""
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while time.monotonic() < deadline:
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                command, environment = (folder / "cmdline").read_text(), (folder / "environ").read_text()
+            except OSError:
+                continue
+            if run in command and "triptych.launch.train" in command and f"\0RANK={rank}\0" in environment:
+                return int(folder.name)
+        time.sleep(0.1)
+    raise AssertionError("the rank never came up")
+
+
 BAD_COLUMNS = {
     "null label": ("click", lambda values: pa.array([None, *values[1:]], pa.int64()), ("train.parquet", "click", "1 nulls")),
     "NaN": ("length", lambda values: pa.array([float("nan"), *values[1:]]), ("train.parquet", "length", "NaN")),
@@ -199,6 +231,11 @@ def wrong_commands(log: Path, run: Path) -> dict[str, tuple[list[object], list[s
         "given": ([*train, "--set", "tasks.cvr.given=ctl"], ["ctl", "'ctr'"]),
         "leak": ([*train, "--set", "features.length.column=buy"], ["buy", "leak"]),
         "column-wise with row-wise Adagrad": ([*train, "--set", "tables.user.sharding=column_wise"], ["column_wise", "adagrad"]),
+        "command": (["tarin"], ["tarin", "--help"]),
+        "option": (["train", "--run", run], ["Missing option", "--recipe"]),
+        "ranks": ([*train, "--ranks", 0], ["--ranks", "1"]),
+        "seed": ([*train, "--set", "train.seed=-1"], ["train.seed", "greater than or equal to 0"]),
+        "folder": (["synth", "--out", log, "--rows", 1000], ["cannot write"]),
         "no run": (["evaluate", "--run", run, "--data", "valid.parquet"], ["no run there"]),
         "no export": (["search", "--index", run, "--user", 1], ["no export there"]),
     }

@@ -22,10 +22,10 @@ from .console import FAILURE_FILE, PROGRESS
 
 COMPONENT = Path(__file__).parent / "component.py"
 FIRST_RANK = "[0]:"
-KEPT_ON_FAILURE = 40
+KEPT_ON_FAILURE = 60
 """Lines of the log shown when ranks fail without saying why."""
-KILLED = re.compile(r"Root Cause.*?rank\s*: (?P<rank>\d+).*?exitcode\s*: -(?P<signal>\d+)", re.DOTALL)
-"""torchrun's report of the rank that failed first."""
+KILLED = re.compile(r"rank\s*: (?P<rank>\d+) [^\n]*\n[^\n]*exitcode\s*: -(?P<signal>(?!15\b)\d+)")
+"""A killed rank in torchrun's report, which may call the rank that lost it the root cause. SIGTERM is torchrun's own doing."""
 
 
 class RanksFailed(RuntimeError):

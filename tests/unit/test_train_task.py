@@ -13,7 +13,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from triptych.datasets.batch import Batch
 from triptych.datasets.schema import DataSection, Feature, Schema
 from triptych.embeddings.lookup import Lookup
-from triptych.embeddings.tables import EmbeddingTable, table_configs
+from triptych.embeddings.tables import PREFIX, EmbeddingTable, table_configs
 from triptych.mmoe.heads import Task
 from triptych.mmoe.losses import sum_over_ranks
 from triptych.mmoe.model import ModelSection, Outputs, Recommender, RetrievalSection, Tower
@@ -272,7 +272,8 @@ class TestTrainTask:
             bag.weight.data.normal_()
         task = TrainTask(Recommender(Lookup(tables, schema), tower_of()), objective_of(tasks))
         weights = {
-            feature: tables.embedding_bags[table].weight for feature, table in {f.name: f.table for f in FEATURES if f.is_id}.items()
+            feature: tables.embedding_bags[PREFIX + table].weight
+            for feature, table in {f.name: f.table for f in FEATURES if f.is_id}.items()
         }
         pooled = {
             name: torch.stack([weights[name][ids].sum(0) / max(len(ids), 1) for ids in jagged.to_dense()])

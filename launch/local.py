@@ -37,12 +37,11 @@ def launch(command: str, args: Sequence[str], *, ranks: int, log_dir: Path) -> N
 
     Args:
         command: name of the component.
-        log_dir: where TorchX keeps the ranks' output.
+        log_dir: a folder, where TorchX keeps the ranks' output.
     Raises:
         InputError: a rank found the input wrong.
         RanksFailed: anything else; names the log.
     """
-    log_dir.mkdir(parents=True, exist_ok=True)
     # TorchX starts `torchrun` by name, and the environment of this Python need not be active.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))

@@ -63,12 +63,12 @@ def read_recipe(run: Path) -> Recipe:
 
 def chosen_checkpoint(run: Path) -> Path:
     """The best checkpoint of a finished run, or the newest of one that goes on."""
-    newest = committed(run / "checkpoints")[-1]
+    found = committed(run / "checkpoints")
     try:
         best = run / "checkpoints" / f"step_{json.loads((run / 'result.json').read_text(encoding='utf-8'))['step']}"
     except (OSError, ValueError, KeyError):
-        return newest
-    return best if best in committed(run / "checkpoints") else newest
+        return found[-1]
+    return best if best in found else found[-1]
 
 
 def load_run(run: Path, recipe: Recipe, ranks: Ranks) -> tuple[Built, int]:

@@ -156,10 +156,11 @@ class Trainer:
     def _check_same(self, folder: Path, facts: dict[str, Any]) -> None:
         if facts["data"] != fingerprint(self.loader.row_groups):
             raise InputError(f"{folder}: the training files changed since this checkpoint; restore them or start another run")
-        for key, value in (meaning(self.recipe) | (self._order() if facts["position"]["row"] else {})).items():
-            saved = {**facts["meaning"], **facts["order"]}[key]
-            if saved != value:
-                what = f" ({saved} then, {value} now)" if not isinstance(value, list) else ""
+        then = facts["meaning"] | facts["order"]
+        now = meaning(self.recipe) | (self._order() if facts["position"]["row"] else {})
+        for key, value in now.items():
+            if then[key] != value:
+                what = f" ({then[key]} then, {value} now)" if not isinstance(value, list) else ""
                 raise InputError(f"{folder}: '{key}' differs from the recipe of this checkpoint{what}; restore it or start another run")
 
     def _save(self) -> None:

@@ -1,8 +1,9 @@
 # make demo     everything once, from nothing: set-up, data, training on two ranks, evaluation, export, search
 # make test     set-up and all tests            make lint    format, lint and types
+# make test-long  the campaigns too                make bench   speed of reading, as ratios
 # make install  set-up alone; DEVICE=cuda on a GPU machine
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test test-long bench lint format clean
 
 PYTHON ?= python3
 DEVICE ?= cpu
@@ -42,7 +43,13 @@ demo: install
 	$(BIN)/triptych demo --run runs/demo
 
 test: install
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: install
 	$(BIN)/python -m pytest
+
+bench: install
+	$(BIN)/python -m tests.benchmarks.reading
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .files import list_row_groups, read_row_group
-from .parquet import plain_column
+from .decode import plain_column
+from .files import list_slices, open_file, read_slices
 from .schema import InputError, Schema
 
 ROW_GROUP_ROWS = 20_000
@@ -33,10 +33,10 @@ def _joined(held: pa.Table | None, table: pa.Table, where: str) -> pa.Table:
         raise InputError(f"{where}: columns do not fit those of the rows before ({error})") from error
 
 
-def write_entities(schema: Schema, files: list[str], id_feature: str, out: Path) -> int:
+def write_entities(schema: Schema, paths: list[str], id_feature: str, out: Path) -> int:
     """Write the newest row of each entity, with every column of the id feature's side, to one parquet file.
 
-    Reads row group by row group; memory is bounded by the number of entities.
+    Reads slice by slice; memory is bounded by the number of entities.
 
     Returns:
         The number of entities.
@@ -44,13 +44,14 @@ def write_entities(schema: Schema, files: list[str], id_feature: str, out: Path)
         InputError: null ids, or a column that is not there.
     """
     side, id_column = schema.feature(id_feature).side, schema.feature(id_feature).column
-    groups = list_row_groups(files)
-    has_time = schema.data.time is not None and schema.data.time in pq.read_schema(groups[0].path).names
-    time = schema.data.time if has_time else None
+    others = [feature.name for feature in schema.features if feature.side != side]
+    listing = list_slices(schema, paths, labels=False, skip_features=others)
+    first = open_file(listing.slices[0].file.path)
+    time = schema.data.time if schema.data.time in first.schema_arrow.names else None
     columns = list(dict.fromkeys([f.column for f in schema.features if f.side == side] + ([time] if time else [])))
     held: pa.Table | None = None
-    for group in groups:
-        table, where = read_row_group(group, columns)
+    for part, table in read_slices(schema, listing.slices, columns):
+        where = str(part)
         missing = [column for column in columns if column not in table.column_names]
         if missing:
             raise InputError(f"{where}: no column '{missing[0]}', which side '{side}' needs")
@@ -58,7 +59,8 @@ def write_entities(schema: Schema, files: list[str], id_feature: str, out: Path)
             raise InputError(f"{where}: column '{id_column}' has {table.column(id_column).null_count} nulls; an entity needs an id")
         plain = pa.table({column: plain_column(table, column) for column in columns})
         held = _newest_of_each(_joined(held, plain, where), id_column, time)
-    assert held is not None
+    if held is None:
+        raise InputError(f"{', '.join(paths)}: no row could be read")
     out.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(held.sort_by(id_column), out, row_group_size=ROW_GROUP_ROWS, compression="zstd", write_page_checksum=True)
     return len(held)

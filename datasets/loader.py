@@ -1,48 +1,147 @@
-"""Batches of one rank, read in the background; every rank takes the same number of steps."""
+"""Batches of one rank, read ahead by threads; every rank takes the same number of steps."""
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from .batch import Batch
-from .columns import Columns, empty_columns, to_batch
-from .parquet import decode
-from .row_groups import EpochOrder, LaneRange, ReadingPosition, RowGroup
-from .schema import Schema
+from .columns import Columns, Part, empty_columns, to_batch
+from .decode import Decoder
+from .files import SliceReader
+from .row_groups import EpochOrder, LaneRange, ReadingPosition, Slice, fingerprint
+from .schema import InputError
+from .storage import StorageError
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+_BLOCK_ROWS = 1 << 15
+_SHOWN_REASONS = 10
+
+
+@dataclass
+class Tally:
+    """What reading left out or changed. By slice, so that what several ranks or epochs read counts once; plain values, for a manifest."""
+
+    bad_files: dict[str, str] = field(default_factory=dict)
+    """Path to reason, of files that were left out as a whole."""
+    skipped: dict[str, tuple[str, int, str]] = field(default_factory=dict)
+    """A slice's first row in the split, which is the same wherever the files are, to path, rows and reason."""
+    capped: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
+    """Slice to task to durations below 0, and above the cap."""
+
+    def copy(self) -> Tally:
+        """As it is now: threads that read ahead add to it."""
+        return Tally(dict(self.bad_files), dict(self.skipped), dict(self.capped))
+
+    def update(self, other: Tally) -> None:
+        self.bad_files |= other.bad_files
+        self.skipped |= other.skipped
+        self.capped |= other.capped
+
+    @property
+    def skipped_rows(self) -> int:
+        return sum(rows for _, rows, _ in self.skipped.values())
+
+    def report(self) -> dict[str, Any]:
+        """As `data` in result.json: rows of files that were left out as a whole are not known and not counted."""
+        capped: dict[str, dict[str, int]] = {}
+        for tasks in self.capped.values():
+            for task, (negative, above) in tasks.items():
+                counts = capped.setdefault(task, {"negative": 0, "above_cap": 0})
+                counts["negative"] += negative
+                counts["above_cap"] += above
+        files = {path for path, _, _ in self.skipped.values()} | self.bad_files.keys()
+        reasons = [*self.bad_files.values(), *(reason for _, _, reason in self.skipped.values())]
+        skipped = {"rows": self.skipped_rows, "files": len(files), "reasons": reasons[:_SHOWN_REASONS]}
+        return {"skipped": skipped, "capped": dict(sorted(capped.items()))}
+
+
+@dataclass
+class Decoded:
+    """A slice, and the order of its rows; blocks of them are put in order when they are needed, which spares memory and caches."""
+
+    columns: Columns
+    permutation: np.ndarray | None
+    block: tuple[int, Columns] | None = None
+
+    def parts(self, start: int, stop: int) -> Iterator[Part]:
+        if self.permutation is None:
+            yield Part(self.columns, start, stop)
+            return
+        while start < stop:
+            number = start // _BLOCK_ROWS
+            first = number * _BLOCK_ROWS
+            if self.block is None or self.block[0] != number:
+                self.block = (number, self.columns.take(self.permutation[first : first + _BLOCK_ROWS]))
+            end = min(stop, first + _BLOCK_ROWS)
+            yield Part(self.block[1], start - first, end - first)
+            start = end
 
 
 class LaneReader:
-    """Rows of one lane. Holds one decoded row group, so reading onwards decodes each once."""
+    """Rows of one lane. Holds one decoded slice and, with an executor, has the next one decoded."""
 
-    def __init__(self, order: EpochOrder, lane: int, decode_group: Callable[[RowGroup], Columns]) -> None:
-        self.order, self.groups, self.decode_group = order, order.lanes[lane], decode_group
-        self.ends = np.cumsum([group.rows for group in self.groups])
-        self.held: tuple[int, Columns] | None = None
+    def __init__(self, order: EpochOrder, lane: int, decoder: Decoder, tally: Tally, executor: Executor | None) -> None:
+        self.order, self.slices, self.decoder, self.tally, self.executor = order, order.lanes[lane], decoder, tally, executor
+        self.ends = np.cumsum([part.rows for part in self.slices]).tolist()
+        self.reader = SliceReader(decoder.columns)
+        self.held: tuple[int, Decoded] | None = None
+        self.ahead: tuple[int, Future[Decoded]] | None = None
 
-    def _group(self, number: int) -> Columns:
+    def read(self, start: int, stop: int) -> Iterator[Part]:
+        while start < stop:
+            number = bisect_right(self.ends, start)
+            first = self.ends[number] - self.slices[number].rows
+            end = min(stop, self.ends[number])
+            yield from self._slice(number).parts(start - first, end - first)
+            start = end
+
+    def start(self, row: int) -> None:
+        """Have the slice that holds `row` decoded."""
+        self._decode_ahead(bisect_right(self.ends, row))
+
+    def _slice(self, number: int) -> Decoded:
         if self.held is None or self.held[0] != number:
-            rows = self.decode_group(self.groups[number])
-            permutation = self.order.rows_within(self.groups[number])
-            self.held = (number, rows if permutation is None else rows.take(permutation))
+            ahead, self.ahead, self.held = self.ahead, None, None
+            if ahead is not None and ahead[0] != number and not ahead[1].cancel():
+                ahead[1].exception()  # waits: another rank has those rows, but the reader is for one thread at a time
+            decoded = ahead[1].result() if ahead is not None and ahead[0] == number else self._decode(self.slices[number])
+            self.held = (number, decoded)
+            self._decode_ahead(number + 1)
         return self.held[1]
 
-    def read(self, start: int, stop: int) -> list[Columns]:
-        parts = []
-        while start < stop:
-            number = int(np.searchsorted(self.ends, start, side="right"))
-            first = int(self.ends[number]) - self.groups[number].rows
-            end = min(stop, int(self.ends[number]))
-            parts.append(self._group(number).cut(start - first, end - first))
-            start = end
-        return parts
+    def _decode_ahead(self, number: int) -> None:
+        if self.executor is not None and number < len(self.slices) and self.ahead is None:
+            self.ahead = (number, self.executor.submit(self._decode, self.slices[number]))
+
+    def _decode(self, part: Slice) -> Decoded:
+        schema = self.decoder.schema
+        try:
+            rows, capped = self.decoder.decode(self.reader.read(part), str(part), part.first_row)
+        except InputError as error:
+            if isinstance(error, StorageError):
+                raise
+            if schema.data.on_bad_file == "fail":
+                raise InputError(f'{error}; mend it, or leave such rows out with data.on_bad_file = "skip"') from error
+            key = str(part.first_row)
+            if key not in self.tally.skipped:
+                logger.warning("skipped %d rows: %s", part.rows, error)
+            self.tally.skipped[key] = (part.file.path, part.rows, str(error))
+            return Decoded(empty_columns(part.rows, schema), None)
+        if capped:
+            self.tally.capped[str(part.first_row)] = capped
+        return Decoded(rows, self.order.rows_within(part))
 
 
 class Loader:
@@ -50,23 +149,21 @@ class Loader:
 
     Args:
         window: row groups open at the same time over all ranks, see EpochOrder.
-        labels: whether the files hold labels.
-        skip_features: names of features the files lack.
 
     A global batch is `batch_size * world_size` rows; the last of an epoch may be smaller and is padded so that all ranks
     have batches of one size. Padded rows weigh nothing.
     """
 
     def __init__(
-        self, schema: Schema, row_groups: Sequence[RowGroup], *, rank: int, world_size: int, seed: int = 0, shuffle: bool = False,
-        window: int = 1, batch_size: int | None = None, labels: bool = True, skip_features: Collection[str] = (),
+        self, decoder: Decoder, slices: Sequence[Slice], *, rank: int, world_size: int, seed: int = 0, shuffle: bool = False,
+        window: int = 1, batch_size: int | None = None,
     ) -> None:  # fmt: skip
-        self.schema, self.row_groups = schema, row_groups
+        self.decoder, self.schema, self.slices = decoder, decoder.schema, slices
         self.rank, self.world_size = rank, world_size
         self.seed, self.shuffle, self.window = seed, shuffle, window
-        self.global_batch_size = (batch_size or schema.data.batch_size) * world_size
-        self.labels, self.skip_features = labels, skip_features
-        self.num_rows = sum(group.rows for group in row_groups)
+        self.global_batch_size = (batch_size or self.schema.data.batch_size) * world_size
+        self.num_rows = sum(part.rows for part in slices)
+        self.tally = Tally()
 
     def steps_left(self, position: ReadingPosition) -> int:
         """Steps from `position` to the end of its epoch."""
@@ -77,31 +174,74 @@ class Loader:
         row = position.row + self.global_batch_size
         return ReadingPosition(position.epoch, row) if row < self.num_rows else ReadingPosition(position.epoch + 1, 0)
 
+    def state_dict(self, position: ReadingPosition) -> dict[str, Any]:
+        """A position, and what the order of rows depends on. The same on all ranks, and good for any number of them."""
+        order = {
+            "train.seed": self.seed,
+            "data.shuffle": self.shuffle,
+            "data.shuffle_row_groups": self.window,
+            "data.memory_mb": self.schema.data.memory_mb,
+        }
+        return {"epoch": position.epoch, "row": position.row, "files": fingerprint(self.slices), "order": order}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> ReadingPosition:
+        """Where another loader stood.
+
+        Raises:
+            InputError: the files or, within an epoch, the order of their rows differ.
+        """
+        now = self.state_dict(ReadingPosition())
+        if state["files"] != now["files"]:
+            raise InputError("the training files changed since this checkpoint; restore them or start another run")
+        for key, value in now["order"].items():
+            then = state["order"][key]
+            if state["row"] and then != value:
+                raise InputError(
+                    f"'{key}' differs from the recipe of this checkpoint ({then} then, {value} now); restore it or start another run"
+                )
+        return ReadingPosition(state["epoch"], state["row"])
+
     def batches(self, position: ReadingPosition | None = None, steps: int | None = None) -> Iterator[Batch]:
-        """The next `steps` batches from `position` on, or the rest of its epoch, read ahead in a thread."""
-        return in_background(lambda: islice(self._read(position or ReadingPosition()), steps), self.schema.data.prefetch)
+        """The next `steps` batches from `position` on, or the rest of its epoch."""
+        data = self.schema.data
+
+        def read() -> Iterator[Batch]:
+            return islice(self._read(position or ReadingPosition()), steps)
+
+        return in_background(read, data.prefetch) if data.workers else read()
 
     def _read(self, position: ReadingPosition) -> Iterator[Batch]:
-        order = EpochOrder(self.row_groups, seed=self.seed, epoch=position.epoch, shuffle=self.shuffle, window=self.window)
+        order = EpochOrder(self.slices, seed=self.seed, epoch=position.epoch, shuffle=self.shuffle, window=self.window)
+        workers = self.schema.data.workers
+        if workers == 0:
+            yield from self._batches(order, position.row, None)
+            return
+        executor = ThreadPoolExecutor(workers, thread_name_prefix="decoder")
+        try:
+            yield from self._batches(order, position.row, executor)
+        finally:
+            executor.shutdown(cancel_futures=True)
+
+    def _batches(self, order: EpochOrder, row: int, executor: Executor | None) -> Iterator[Batch]:
         lanes: dict[int, LaneReader] = {}
-        for start in range(position.row, self.num_rows, self.global_batch_size):
+        for start in range(row, self.num_rows, self.global_batch_size):
             stop = min(start + self.global_batch_size, self.num_rows)
             ranges = order.share(start, stop, self.rank, self.world_size)
             # Where lanes do not divide the batch, a boundary lane is this rank's in one batch and not in the next: its reader stays.
-            lanes |= {r.lane: LaneReader(order, r.lane, self._decode) for r in ranges if r.lane not in lanes}
+            new = [r for r in ranges if r.lane not in lanes]
+            lanes |= {r.lane: LaneReader(order, r.lane, self.decoder, self.tally, executor) for r in new}
+            for r in new:
+                lanes[r.lane].start(r.start)
             yield self._batch(lanes, ranges, -(-(stop - start) // self.world_size))
             finished = np.flatnonzero(order.taken(stop) == order.lane_lengths)
             for lane in finished:
                 lanes.pop(int(lane), None)
 
-    def _decode(self, group: RowGroup) -> Columns:
-        return decode(group, self.schema, labels=self.labels, skip_features=self.skip_features)
-
     def _batch(self, lanes: dict[int, LaneReader], ranges: list[LaneRange], size: int) -> Batch:
         parts = [part for r in ranges for part in lanes[r.lane].read(r.start, r.stop)]
         missing = size - sum(len(part) for part in parts)
         if missing:
-            parts.append(empty_columns(missing, self.schema))
+            parts.append(Part(empty_columns(missing, self.schema), 0, missing))
         return to_batch(parts, self.schema.id_feature_names)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 SIDES = ("user", "item", "context")
 
@@ -34,7 +34,7 @@ class DataSection(Section):
     """`[data]`: where the rows are and how they are dealt into batches."""
 
     root: str
-    """Folder of the files below; relative to the working directory."""
+    """Folder of the files below, relative to the working directory; or a URL: s3, gs, hdfs and what else fsspec knows."""
     train: str | None = None
     """A file, a folder of parquet files, or a glob, relative to `root`; so are `valid`, `test` and `items`."""
     valid: str | None = None
@@ -54,8 +54,15 @@ class DataSection(Section):
     shuffle: bool = True
     shuffle_row_groups: PositiveInt = 8
     """Row groups open at the same time. A batch draws evenly from all of them, in random row order within each."""
+    memory_mb: PositiveInt = 2048
+    """Decoded rows that one rank holds, about. Row groups that are too large for it are read, and shuffled, in slices."""
+    workers: NonNegativeInt = 1
+    """Threads that decode, ahead of need. 0: everything is read in the training thread, when it is needed."""
     prefetch: PositiveInt = 4
-    """Batches read ahead in the background."""
+    """Batches made ahead in the background."""
+    on_bad_file: Literal["fail", "skip"] = "fail"
+    """What happens to files and row groups that cannot be read or hold what the recipe does not allow. skip: their rows are left out
+    and counted, in result.json and the log."""
 
 
 class TableIds(Section):
@@ -63,8 +70,21 @@ class TableIds(Section):
 
     name: str
     rows: PositiveInt
-    ids: Literal["hash", "index"] = "hash"
-    """hash: any integer or string, modulo rows after mixing. index: the integer is the row."""
+    ids: Literal["hash", "index", "vocabulary"] = "hash"
+    """hash: any integer or string, modulo rows after mixing. index: the integer is the row. vocabulary: the values of the training files,
+    the most frequent ones if rows do not suffice, have a row each; row 0 stands for all others."""
+    min_count: PositiveInt = 1
+    """vocabulary: values that occur less often share row 0."""
+    key_file: str | None = None
+    """hash: a file with a secret of at least 16 bytes. Ids are hashed with it, and exports hold the hashes instead of the ids."""
+
+    @model_validator(mode="after")
+    def _keys_go_with_ids(self) -> TableIds:
+        if self.ids != "vocabulary" and self.min_count != 1:
+            raise ValueError(f"table '{self.name}': min_count goes with ids = 'vocabulary'")
+        if self.ids != "hash" and self.key_file is not None:
+            raise ValueError(f"table '{self.name}': key_file goes with ids = 'hash'")
+        return self
 
 
 class Feature(Section):
@@ -80,7 +100,9 @@ class Feature(Section):
     pooling: Literal["mean", "sum"] = "mean"
     max_length: PositiveInt | None = None
     """ids: keep only the last `max_length` of a list."""
-    transform: Literal["none", "log1p"] = "none"
+    transform: Literal["none", "log1p", "standard", "quantile"] = "none"
+    """dense and vector. standard: mean 0 and standard deviation 1. quantile: the share of training values below, 0 to 1. Both are fitted
+    on the training files."""
     scale: float = 1.0
     """dense and vector: factor after the transform."""
     buckets: tuple[float, ...] | None = None
@@ -141,7 +163,9 @@ class Label(Section):
     scale: PositiveFloat = 1.0
     """duration: factor to seconds."""
     cap: PositiveFloat | None = None
-    """duration: labels above are cut to it, in seconds."""
+    """duration: labels above are cut to it, in seconds, and counted. So are negative ones, to 0."""
+    nulls: Literal["fail", "mask"] = "fail"
+    """mask: a row without this label teaches this task, and those it is `given` to, nothing."""
 
     @model_validator(mode="after")
     def _only_durations_scale(self) -> Label:
@@ -212,12 +236,9 @@ class Schema:
         return found
 
     @property
-    def one_id_features(self) -> list[Feature]:
-        return [f for f in self.features if f.kind == "id"]
-
-    @property
-    def list_features(self) -> list[Feature]:
-        return [f for f in self.features if f.kind == "ids"]
+    def id_features(self) -> list[Feature]:
+        """In the order of a Batch's ids: one-id features first, then lists."""
+        return [f for f in self.features if f.kind == "id"] + [f for f in self.features if f.kind == "ids"]
 
     @property
     def dense_features(self) -> list[Feature]:
@@ -225,8 +246,8 @@ class Schema:
 
     @property
     def id_feature_names(self) -> list[str]:
-        """Keys of a Batch's ids, in its order: one-id features first, then lists."""
-        return [f.name for f in self.one_id_features + self.list_features]
+        """Keys of a Batch's ids, in its order."""
+        return [f.name for f in self.id_features]
 
     @property
     def dense_width(self) -> int:

@@ -11,6 +11,7 @@ import tomli_w
 from pydantic import BaseModel, ValidationError, model_validator
 
 from ..datasets.schema import DataSection, Feature, InputError, Schema, Section, nearest
+from ..datasets.storage import absolute
 from ..embeddings.tables import EmbeddingTable
 from ..mmoe.balance import BalanceSection
 from ..mmoe.heads import Task
@@ -82,8 +83,11 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         raise InputError(f"{path}: {explain(error, values)}") from error
-    root = str(Path(recipe.data.root).expanduser().resolve())
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": root})})
+    tables = tuple(
+        table.model_copy(update={"key_file": str(Path(table.key_file).expanduser().resolve())}) if table.key_file else table
+        for table in recipe.tables
+    )
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": absolute(recipe.data.root)}), "tables": tables})
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
@@ -93,9 +97,9 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
 
 def meaning(recipe: Recipe) -> dict[str, Any]:
     """What a checkpoint's numbers mean: ids, features and labels, in their order. Plans, weights and rates may change between runs."""
-    tables = recipe.model_dump(mode="json", include={"tables": {"__all__": {"name", "rows", "dim", "ids"}}})
+    tables = recipe.model_dump(mode="json", include={"tables": {"__all__": {"name", "rows", "dim", "ids", "min_count"}}})
     features = recipe.model_dump(mode="json", include={"features"})
-    tasks = recipe.model_dump(mode="json", include={"tasks": {"__all__": {"name", "kind", "label", "given", "scale", "cap"}}})
+    tasks = recipe.model_dump(mode="json", include={"tasks": {"__all__": {"name", "kind", "label", "given", "scale", "cap", "nulls"}}})
     return tables | features | tasks
 
 

@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from ..datasets.files import list_row_groups
+from ..datasets.files import list_slices
 from . import cli
 from .config import load_recipe
-from .inference import evaluate_rows
+from .inference import Predictions, evaluate_rows
 
 TRUTH = {"ctr": "true_ctr", "cvr": "true_cvr", "dwell": "true_dwell"}
 """Columns of the synthetic world that hold the true expectation of each task's label."""
@@ -30,7 +30,8 @@ def truth_metrics(recipe_path: Path, data: Path) -> dict[str, Any]:
     recipe = load_recipe(recipe_path)
     truth = pq.read_table(data, columns=list(TRUTH.values()))
     truth_NT = np.stack([truth.column(TRUTH[task.name]).to_numpy() for task in recipe.tasks], axis=1)
-    return evaluate_rows(truth_NT, list_row_groups([str(data)]), recipe.data_schema, recipe.tasks)["tasks"]
+    slices = list_slices(recipe.data_schema, [str(data)], labels=True).slices
+    return evaluate_rows(Predictions(truth_NT, np.ones(len(truth_NT), bool)), slices, recipe.data_schema, recipe.tasks)["tasks"]
 
 
 def comparison(found: dict[str, Any], truth: dict[str, Any]) -> Table:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,7 @@ TIMEOUT = timedelta(minutes=30)
 LOST_A_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 """Signs that another rank went first: the reason to tell is that one's."""
 PR_SET_PDEATHSIG = 1
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,20 @@ class Ranks:
     def is_first(self) -> bool:
         return self.rank == 0
 
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What the first rank makes, on all ranks: a folder may list differently a moment later, or elsewhere. Collective."""
+        made: list[Any] = [make() if self.is_first else None]
+        if self.world_size > 1:
+            dist.broadcast_object_list(made)
+        return made[0]
+
+    def gather(self, part: T) -> list[T]:
+        """The parts of all ranks on the first, nothing on the others. Collective."""
+        parts: list[Any] = [part] * self.world_size if self.is_first else []
+        if self.world_size > 1:
+            dist.gather_object(part, parts if self.is_first else None)
+        return parts
+
 
 def _device(local_rank: int, local_world_size: int) -> torch.device:
     if not (torch.cuda.is_available() and has_cuda_kernels()):
@@ -57,6 +73,8 @@ def _device(local_rank: int, local_world_size: int) -> torch.device:
 def quiet_the_stack() -> None:
     """Drop what the packages below say to their own developers; what remains is for the user."""
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*(DTensor|deprecated)")
+    # A recipe of one task: its towers' gradients have another layout than DDP would choose.
+    warnings.filterwarnings("ignore", category=UserWarning, message="Grad strides do not match bucket view strides")
     # Replicated tables on CPU: their training equals a plain nn.EmbeddingBag's (tests/multiprocess/test_equivalence.py).
     warnings.filterwarnings("ignore", category=UserWarning, message="fbgemm::dense_embedding_codegen_lookup_function")
     logging.getLogger().addFilter(lambda record: not record.getMessage().startswith("Sharding spec not found"))

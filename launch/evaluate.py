@@ -9,6 +9,7 @@ from typing import Annotated  # noqa: E402
 
 import typer  # noqa: E402
 
+from ..datasets.fitted import Fitted  # noqa: E402
 from .console import ProgressLines, say, summary  # noqa: E402
 from .distributed import process_group, run_rank  # noqa: E402
 from .inference import Split, given_files  # noqa: E402
@@ -24,8 +25,10 @@ def main(
     def work() -> None:
         recipe = read_recipe(run)
         with process_group() as ranks:
-            split = Split(Path(data).stem, recipe.data_schema, recipe.tasks, given_files(recipe.data_schema, data), ranks)
-            built, step = load_run(run, recipe, ranks)
+            schema = recipe.data_schema
+            fitted = ranks.from_first(lambda: Fitted.load(run, schema))
+            split = Split(Path(data).stem, schema, recipe.tasks, given_files(schema, data), ranks, fitted)
+            built, step = load_run(run, recipe, fitted, ranks)
             metrics = split.evaluate(built.model, step, ProgressLines("evaluate", ranks.is_first))
             if metrics is not None:
                 say(f"{split.name}, {metrics['rows']} rows, step {step}: {summary(metrics)}")

@@ -14,15 +14,19 @@ from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Annotated  # noqa: E402
 
+import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import typer  # noqa: E402
 
 from ..datasets.batch import Batch  # noqa: E402
+from ..datasets.decode import Decoder  # noqa: E402
 from ..datasets.entities import write_entities  # noqa: E402
-from ..datasets.files import list_row_groups  # noqa: E402
-from ..datasets.schema import InputError  # noqa: E402
+from ..datasets.files import list_slices  # noqa: E402
+from ..datasets.fitted import Fitted  # noqa: E402
+from ..datasets.ids import hashed_ids  # noqa: E402
+from ..datasets.schema import Feature, InputError  # noqa: E402
 from ..embeddings.index import save_index  # noqa: E402
 from ..embeddings.vectors import read_all, write_part  # noqa: E402
 from .build import Built  # noqa: E402
@@ -45,7 +49,13 @@ def side_vectors(built: Built, side: str) -> Callable[[Batch], torch.Tensor]:
     return compute
 
 
-def export_side(side: str, recipe: Recipe, built: Built, ranks: Ranks, out: Path) -> int:
+def exported_ids(ids: pa.Array, feature: Feature, fitted: Fitted) -> pa.Array:
+    """The ids as an export holds them: themselves, or where their table has a key, its hashes in hexadecimal."""
+    key = fitted.keys.get(str(feature.table))
+    return ids if key is None else hashed_ids(ids, key)
+
+
+def export_side(side: str, recipe: Recipe, built: Built, fitted: Fitted, ranks: Ranks, out: Path) -> int:
     """Write the vectors of every user, or of every item. Collective.
 
     Returns:
@@ -62,11 +72,13 @@ def export_side(side: str, recipe: Recipe, built: Built, ranks: Ranks, out: Path
         write_entities(schema, split_files(schema, source), id_feature, entities)
     dist.barrier()
     others = [f.name for f in schema.features if f.side != side]
-    loader = entity_loader(schema, list_row_groups([str(entities)]), ranks, skip_features=others)
+    listing = list_slices(schema, [str(entities)], labels=False, skip_features=others, types=fitted.types.copy())
+    loader = entity_loader(Decoder(schema, fitted, labels=False, skip_features=others), listing.slices, ranks)
     built.model.eval()
     row_R, vector_RD = run_rows(side_vectors(built, side), loader, ranks, ProgressLines(f"{side}s", ranks.is_first))
     real = row_R >= 0
     ids = pq.read_table(entities, columns=[schema.feature(id_feature).column]).column(0).combine_chunks()
+    ids = exported_ids(ids, schema.feature(id_feature), fitted)
     write_part(out / f"{side}s", ranks.rank, id_feature, ids.take(row_R[real].numpy()), vector_RD[real].numpy())
     dist.barrier()
     if ranks.is_first:
@@ -81,13 +93,14 @@ def export(run: Path, out: Path, ranks: Ranks) -> None:
         raise InputError(f"{run}: its recipe has no [retrieval] section, so the model has no user and item vectors")
     if out.exists() and not (out / FACTS).is_file() and any(out.iterdir()):
         raise InputError(f"{out} is not empty and holds no export; choose another --out")
-    built, step = load_run(run, recipe, ranks)
+    fitted = ranks.from_first(lambda: Fitted.load(run, recipe.data_schema))
+    built, step = load_run(run, recipe, fitted, ranks)
     writing = out.with_name(out.name + ".writing")
     if ranks.is_first:
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir(parents=True)
     dist.barrier()
-    counts = {f"{side}s": export_side(side, recipe, built, ranks, writing) for side in ("user", "item")}
+    counts = {f"{side}s": export_side(side, recipe, built, fitted, ranks, writing) for side in ("user", "item")}
     if not ranks.is_first:
         return
     ids, vector_ND = read_all(writing / "items", recipe.retrieval.item)
@@ -98,6 +111,7 @@ def export(run: Path, out: Path, ranks: Ranks) -> None:
         "dim": recipe.retrieval.dim,
         "step": step,
         "score": "inner product",
+        "user_ids_hashed": recipe.data_schema.feature(recipe.retrieval.user).table in fitted.keys,
     }
     write_json(writing / FACTS, facts | counts)
     shutil.rmtree(out, ignore_errors=True)

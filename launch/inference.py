@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -13,12 +13,15 @@ import torch.distributed as dist
 from torch import nn
 
 from ..datasets.batch import Batch
-from ..datasets.files import find_files, is_there, list_row_groups, read_row_group
+from ..datasets.decode import Decoder, Labels, label_columns, plain_column
+from ..datasets.files import Listing, list_slices, read_slices
+from ..datasets.fitted import Fitted
 from ..datasets.ids import string_codes
+from ..datasets.layout import ColumnTypes, is_moment, is_text
 from ..datasets.loader import Loader
-from ..datasets.parquet import check_columns, is_moment, is_text, label_columns, labels_of, plain_column, weights_of
-from ..datasets.row_groups import RowGroup
+from ..datasets.row_groups import Slice
 from ..datasets.schema import Feature, InputError, Schema
+from ..datasets.storage import find_files, is_there
 from ..mmoe.heads import Task
 from ..mmoe.metrics import TaskColumns, report
 from .config import Recipe
@@ -50,48 +53,41 @@ def given_files(schema: Schema, data: str) -> list[str]:
 
 
 def check_data(recipe: Recipe) -> None:
-    """The files a training run reads are there and have the columns the recipe names.
+    """The files a training run reads are there, have the columns the recipe names, and agree on their types.
 
     Labels of `valid` and ids of `items` are read too: those files' turn comes late, after an epoch or at the export.
 
     Raises:
         InputError: names the file and the column.
     """
-    schema, data = recipe.data_schema, recipe.data
+    schema, data, types = recipe.data_schema, recipe.data, ColumnTypes()
     if data.train is None:
         raise InputError("the recipe has no data.train")
-    for split in (data.train, data.valid):
-        for path in split_files(schema, split) if split else []:
-            check_columns(schema, path, labels=True)
+    list_slices(schema, split_files(schema, data.train), labels=True, types=types)
     if data.valid:
-        _check_labels(schema, split_files(schema, data.valid))
+        _check_labels(schema, list_slices(schema, split_files(schema, data.valid), labels=True, types=types))
     if data.items and recipe.retrieval:
-        _check_catalogue(schema, split_files(schema, data.items), schema.feature(recipe.retrieval.item))
+        others = [f.name for f in schema.features if f.side != "item"]
+        items = list_slices(schema, split_files(schema, data.items), labels=False, skip_features=others, types=types)
+        _check_catalogue(schema, items, schema.feature(recipe.retrieval.item))
 
 
-def _check_labels(schema: Schema, files: list[str]) -> None:
-    for group in list_row_groups(files):
-        table, where = read_row_group(group, list(dict.fromkeys(label_columns(schema))))
-        labels_of(table, schema, where)
-        weights_of(table, schema, where)
+def _check_labels(schema: Schema, valid: Listing) -> None:
+    if schema.data.on_bad_file == "fail":
+        for part, table in read_slices(schema, valid.slices, label_columns(schema)):
+            Labels(table, schema, str(part))
 
 
-def _check_catalogue(schema: Schema, files: list[str], item: Feature) -> None:
-    others = [f.name for f in schema.features if f.side != "item"]
-    for path in files:
-        check_columns(schema, path, labels=False, skip_features=others)
-    for group in list_row_groups(files):
-        table, where = read_row_group(group, [item.column])
+def _check_catalogue(schema: Schema, items: Listing, item: Feature) -> None:
+    for part, table in read_slices(schema, items.slices, [item.column]):
         nulls = table.column(item.column).null_count
         if nulls:
-            raise InputError(f"{where}: column '{item.column}' has {nulls} nulls; every item of the catalogue needs an id")
+            raise InputError(f"{part}: column '{item.column}' has {nulls} nulls; every item of the catalogue needs an id")
 
 
-def entity_loader(schema: Schema, groups: Sequence[RowGroup], ranks: Ranks, skip_features: Sequence[str] = ()) -> Loader:
-    """Rows without labels, in any order, each once: every rank reads row groups of its own."""
-    return Loader(
-        schema, groups, rank=ranks.rank, world_size=ranks.world_size, window=ranks.world_size, labels=False, skip_features=skip_features
-    )
+def entity_loader(decoder: Decoder, slices: Sequence[Slice], ranks: Ranks) -> Loader:
+    """Rows in any order, each once: every rank reads row groups of its own."""
+    return Loader(decoder, slices, rank=ranks.rank, world_size=ranks.world_size, window=ranks.world_size)
 
 
 @torch.no_grad()
@@ -113,11 +109,17 @@ def run_rows(
     return torch.cat(rows), torch.cat(results)
 
 
-def predict_rows(model: nn.Module, loader: Loader, ranks: Ranks, progress: Progress = no_progress) -> np.ndarray | None:
-    """Predictions float32 [N, T] in input row order on the first rank, None on the others. Collective.
+class Predictions(NamedTuple):
+    """Of the N rows of a split, in input row order. Those of a task with `given` are conditional on it."""
 
-    Predictions of a task with `given` are conditional on it.
-    """
+    prediction_NT: np.ndarray
+    """float32; NaN where a row could not be read."""
+    is_read_N: np.ndarray
+    """bool; all true unless `on_bad_file` is "skip"."""
+
+
+def predict_rows(model: nn.Module, loader: Loader, ranks: Ranks, progress: Progress = no_progress) -> Predictions | None:
+    """The predictions on the first rank, None on the others. Collective."""
     training = model.training
     model.eval()
     rows_R, predictions_RT = run_rows(lambda batch: model(batch)[1], loader, ranks, progress)
@@ -130,9 +132,11 @@ def predict_rows(model: nn.Module, loader: Loader, ranks: Ranks, progress: Progr
         return None
     row_N, prediction_NT = torch.cat(gathered), torch.cat(predictions)
     real = row_N >= 0
-    in_order_NT = torch.empty(loader.num_rows, prediction_NT.shape[1])
+    in_order_NT = torch.full((loader.num_rows, prediction_NT.shape[1]), torch.nan)
     in_order_NT[row_N[real]] = prediction_NT[real]
-    return in_order_NT.numpy()
+    is_read_N = torch.zeros(loader.num_rows, dtype=torch.bool)
+    is_read_N[row_N[real]] = True
+    return Predictions(in_order_NT.numpy(), is_read_N.numpy())
 
 
 # Nulls are a group of their own; a number that no id or hash is likely to be.
@@ -152,30 +156,45 @@ def group_codes(values: pa.Array) -> np.ndarray:
     return np.where(values.is_null().to_numpy(zero_copy_only=False), _NULL_CODE, codes)
 
 
-def evaluate_rows(prediction_NT: np.ndarray, groups: Sequence[RowGroup], schema: Schema, tasks: Sequence[Task]) -> dict[str, Any]:
-    """Compare predictions with the files' labels: `tasks` and `scenarios` as in result.json."""
-    data = schema.data
-    names = label_columns(schema) + [column for column in (data.group, data.scenario) if column is not None]
-    labels, weights, codes, scenarios = [], [], [], []
-    for group in groups:
-        table, where = read_row_group(group, list(dict.fromkeys(names)))
-        labels.append(labels_of(table, schema, where)[0])
-        weights.append(weights_of(table, schema, where))
-        if data.group:
-            codes.append(group_codes(plain_column(table, data.group)))
-        if data.scenario:
-            scenarios += plain_column(table, data.scenario).to_pylist()
-    label_NT = np.concatenate(labels)
+class _Truth:
+    """What predictions are compared with, for the rows that could be read."""
+
+    def __init__(self, schema: Schema, slices: Sequence[Slice], is_read_N: np.ndarray) -> None:
+        data = schema.data
+        names = label_columns(schema) + [column for column in (data.group, data.scenario) if column is not None]
+        rows, labels, codes, scenarios = [], [], [], []
+        for part, table in read_slices(schema, slices, list(dict.fromkeys(names))):
+            kept = np.flatnonzero(is_read_N[part.first_row : part.first_row + part.rows])
+            if len(kept) == 0:
+                continue
+            table = table if len(kept) == len(table) else table.take(pa.array(kept))
+            rows.append(part.first_row + kept)
+            labels.append(Labels(table, schema, str(part)))
+            if data.group:
+                codes.append(group_codes(plain_column(table, data.group)))
+            if data.scenario:
+                scenarios += plain_column(table, data.scenario).to_pylist()
+        if not rows:
+            raise InputError("no row of the split could be read")
+        self.row_N = np.concatenate(rows)
+        self.label_NT = np.concatenate([part.labels_NT for part in labels])
+        self.null_NT = np.concatenate([part.null_NT for part in labels])
+        self.weight_N = np.concatenate([part.weight_N for part in labels]) if data.weight else None
+        self.group_N = np.concatenate(codes) if data.group else None
+        self.scenario_N = np.asarray(scenarios, dtype=object) if data.scenario else None
+
+
+def evaluate_rows(predictions: Predictions, slices: Sequence[Slice], schema: Schema, tasks: Sequence[Task]) -> dict[str, Any]:
+    """Compare predictions with the files' labels: `rows`, `tasks` and `scenarios` as in result.json."""
+    truth, prediction_NT = _Truth(schema, slices, predictions.is_read_N), predictions.prediction_NT
     columns = [
-        TaskColumns(task.name, task.kind, task.given, prediction_NT[:, t].astype(np.float64), label_NT[:, t])
+        TaskColumns(
+            task.name, task.kind, task.given, prediction_NT[truth.row_N, t].astype(np.float64), truth.label_NT[:, t], truth.null_NT[:, t]
+        )
         for t, task in enumerate(tasks)
     ]
-    return report(
-        columns,
-        group_N=np.concatenate(codes) if data.group else None,
-        scenario_N=np.asarray(scenarios, dtype=object) if data.scenario else None,
-        weight_N=np.concatenate(weights) if data.weight else None,
-    )
+    metrics = report(columns, group_N=truth.group_N, scenario_N=truth.scenario_N, weight_N=truth.weight_N)
+    return {"rows": len(truth.row_N), **metrics}
 
 
 class Split:
@@ -187,23 +206,25 @@ class Split:
         InputError: no files, no rows, or columns that do not fit.
     """
 
-    def __init__(self, name: str, schema: Schema, tasks: Sequence[Task], data: str | list[str], ranks: Ranks) -> None:
+    def __init__(self, name: str, schema: Schema, tasks: Sequence[Task], data: str | list[str], ranks: Ranks, fitted: Fitted) -> None:
         self.name, self.schema, self.tasks, self.ranks = name, schema, tasks, ranks
-        files = split_files(schema, data) if isinstance(data, str) else data
-        for path in files:
-            check_columns(schema, path, labels=True)
-        self.groups = list_row_groups(files)
-        self.loader = entity_loader(schema, self.groups, ranks)
+        paths = split_files(schema, data) if isinstance(data, str) else data
+        listing = ranks.from_first(lambda: list_slices(schema, paths, labels=True, types=fitted.types.copy()))
+        self.slices = listing.slices
+        self.loader = entity_loader(Decoder(schema, fitted), self.slices, ranks)
+        self.loader.tally.bad_files |= listing.bad_files
 
     def evaluate(self, model: nn.Module, step: int, progress: Progress = no_progress) -> dict[str, Any] | None:
         """The report on the first rank, None on the others. Collective."""
-        prediction_NT = predict_rows(model, self.loader, self.ranks, progress)
-        if prediction_NT is None:
+        predictions = predict_rows(model, self.loader, self.ranks, progress)
+        for tally in self.ranks.gather(self.loader.tally):
+            self.loader.tally.update(tally)
+        if predictions is None:
             return None
         try:
-            metrics = evaluate_rows(prediction_NT, self.groups, self.schema, self.tasks)
+            metrics = evaluate_rows(predictions, self.slices, self.schema, self.tasks)
         except ValueError as error:
             if isinstance(error, InputError):
                 raise
             raise FloatingPointError(f"{self.name}: {error}") from error
-        return {"split": self.name, "rows": self.loader.num_rows, "step": step, **metrics}
+        return {"split": self.name, "step": step, "skipped": self.loader.tally.report()["skipped"], **metrics}

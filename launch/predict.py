@@ -12,8 +12,9 @@ import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 import typer  # noqa: E402
 
-from ..datasets.files import list_row_groups  # noqa: E402
-from ..datasets.parquet import check_columns  # noqa: E402
+from ..datasets.decode import Decoder  # noqa: E402
+from ..datasets.files import list_slices  # noqa: E402
+from ..datasets.fitted import Fitted  # noqa: E402
 from .console import ProgressLines, say  # noqa: E402
 from .distributed import process_group, run_rank  # noqa: E402
 from .inference import entity_loader, given_files, predict_rows  # noqa: E402
@@ -27,19 +28,24 @@ def main(
 ) -> None:
     def work() -> None:
         recipe = read_recipe(run)
-        files = given_files(recipe.data_schema, data)
-        for path in files:
-            check_columns(recipe.data_schema, path, labels=False)
+        schema = recipe.data_schema
+        paths = given_files(schema, data)
         with process_group() as ranks:
-            loader = entity_loader(recipe.data_schema, list_row_groups(files), ranks)
-            built, step = load_run(run, recipe, ranks)
-            prediction_NT = predict_rows(built.model, loader, ranks, ProgressLines("predict", ranks.is_first))
-            if prediction_NT is not None:
-                table = pa.table({task.name: prediction_NT[:, t] for t, task in enumerate(recipe.tasks)})
+            fitted = ranks.from_first(lambda: Fitted.load(run, schema))
+            listing = ranks.from_first(lambda: list_slices(schema, paths, labels=False, types=fitted.types.copy()))
+            loader = entity_loader(Decoder(schema, fitted, labels=False), listing.slices, ranks)
+            built, step = load_run(run, recipe, fitted, ranks)
+            predictions = predict_rows(built.model, loader, ranks, ProgressLines("predict", ranks.is_first))
+            if predictions is not None:
+                prediction_NT, is_read_N = predictions
+                table = pa.table({task.name: pa.array(prediction_NT[:, t], mask=~is_read_N) for t, task in enumerate(recipe.tasks)})
                 out.parent.mkdir(parents=True, exist_ok=True)
                 beside = out.with_name(out.name + ".writing")
                 pq.write_table(table, beside, compression="zstd", write_page_checksum=True)
                 os.replace(beside, out)
+                skipped = table.column(0).null_count
+                if skipped:
+                    say(f"{skipped} rows could not be read and have no prediction")
                 say(f"{len(table)} rows of {', '.join(table.column_names)} from step {step} in {out}")
 
     run_rank(work)

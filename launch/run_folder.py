@@ -1,6 +1,6 @@
 """A run folder: what is in it, who may write to it, and which of its checkpoints to use.
 
-recipe.toml  plan.json  metrics.jsonl  tensorboard/  checkpoints/step_N/  result.json  logs/
+recipe.toml  fitted/  plan.json  metrics.jsonl  tensorboard/  checkpoints/step_N/  result.json  logs/
 """
 
 from __future__ import annotations
@@ -8,9 +8,11 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+from ..datasets.fitted import Fitted
 from ..datasets.schema import InputError
 from .build import Built, build, load_model
 from .checkpoint import Reader, committed
@@ -71,9 +73,20 @@ def chosen_checkpoint(run: Path) -> Path:
     return best if best in found else found[-1]
 
 
-def load_run(run: Path, recipe: Recipe, ranks: Ranks) -> tuple[Built, int]:
+def check_fitted(fitted: Fitted, folder: Path, facts: Mapping[str, Any]) -> None:
+    """A checkpoint is only good for the statistics, vocabularies and keys that it was trained with.
+
+    Raises:
+        InputError: they changed since.
+    """
+    if facts["fitted"] != fitted.digest():
+        raise InputError(f"{folder.parents[1] / 'fitted'} is not what {folder.name} was trained with; restore it or start another run")
+
+
+def load_run(run: Path, recipe: Recipe, fitted: Fitted, ranks: Ranks) -> tuple[Built, int]:
     """Build the run's model on these ranks and fill it; returns it with the step of its checkpoint. Collective."""
-    built = build(recipe, ranks)
     reader = Reader(chosen_checkpoint(run))
+    check_fitted(fitted, reader.folder, reader.manifest)
+    built = build(recipe, ranks)
     load_model(built, reader)
     return built, int(reader.manifest["step"])

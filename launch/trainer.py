@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,14 @@ import torch
 import torch.distributed as dist
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-from ..datasets.files import list_row_groups
-from ..datasets.loader import Loader
-from ..datasets.row_groups import ReadingPosition, fingerprint
+from ..datasets.decode import Decoder
+from ..datasets.files import list_slices
+from ..datasets.fitted import Fitted, read_keys
+from ..datasets.fitting import gather, joined, needs_fitting
+from ..datasets.loader import Loader, Tally
+from ..datasets.row_groups import ReadingPosition
 from ..datasets.schema import InputError
+from ..mmoe.losses import sum_over_ranks
 from . import checkpoint
 from .build import build, load_model, load_optimizers, model_state, optimizer_state
 from .config import Recipe, meaning, save_recipe
@@ -21,7 +26,7 @@ from .console import ProgressLines, say, summary
 from .distributed import Ranks
 from .inference import Split, split_files
 from .records import Records, write_json
-from .run_folder import claim, lock
+from .run_folder import check_fitted, claim, lock
 from .sections import BETTER_WHEN_LARGE
 
 
@@ -38,8 +43,12 @@ class Trainer:
         if ranks.is_first:
             claim(run, resume=resume)
             self.lock = lock(run)
+        schema, goes_on = recipe.data_schema, resume and bool(checkpoint.committed(self.checkpoints))
+        train_files = split_files(schema, str(recipe.data.train))
+        self.listing = ranks.from_first(lambda: list_slices(schema, train_files, labels=True))
+        self.fitted = ranks.from_first(lambda: Fitted.load(run, schema)) if goes_on else self._fit()
         self.loader = self._train_loader()
-        self.valid = Split("valid", recipe.data_schema, recipe.tasks, recipe.data.valid, ranks) if recipe.data.valid else None
+        self.valid = Split("valid", schema, recipe.tasks, recipe.data.valid, ranks, self.fitted) if recipe.data.valid else None
         self.built = build(recipe, ranks)
         self.pipeline = TrainPipelineSparseDist(self.built.model, self.built.optimizers, ranks.device)
         self.step, self.position = 0, ReadingPosition()
@@ -48,26 +57,36 @@ class Trainer:
         if resume:
             self._resume()
         if self.step == 0:
-            first_batch = next(self.loader.batches(steps=1))
-            self.built.task.start_at_label_means(first_batch.to(ranks.device))
+            self._start_at_label_means()
         self.progress = ProgressLines("train", ranks.is_first)
         if ranks.is_first:
             save_recipe(recipe, run / "recipe.toml")
+            self.fitted.save(run)
             write_json(run / "plan.json", self.built.plan())
             self.records = Records(run, self.step)
 
+    def _fit(self) -> Fitted:
+        """One pass over the training files, where a feature or table needs one. Collective."""
+        schema, ranks = self.recipe.data_schema, self.ranks
+        if not needs_fitting(schema):
+            return ranks.from_first(lambda: Fitted(types=self.listing.types, keys=read_keys(schema)))
+        progress = ProgressLines("fit", ranks.is_first)
+        parts = ranks.gather(gather(schema, self.listing, rank=ranks.rank, world_size=ranks.world_size, progress=progress))
+        return ranks.from_first(lambda: joined(schema, self.listing, parts))
+
     def _train_loader(self) -> Loader:
         schema, data = self.recipe.data_schema, self.recipe.data
-        assert data.train is not None
-        return Loader(
-            schema,
-            list_row_groups(split_files(schema, data.train)),
+        loader = Loader(
+            Decoder(schema, self.fitted),
+            self.listing.slices,
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
             seed=self.section.seed,
             shuffle=data.shuffle,
             window=data.shuffle_row_groups if data.shuffle else 1,
         )
+        loader.tally.bad_files |= self.listing.bad_files
+        return loader
 
     @property
     def finished(self) -> bool:
@@ -106,6 +125,7 @@ class Trainer:
         # The pipeline notices the end of its batches, and lets go of them.
         assert next(batches, None) is None
         self.pipeline.detach()
+        self._gather_tally()
 
     def _log(self, losses_L: torch.Tensor, epoch: int, total: int, rows_per_second: float) -> None:
         if not self.ranks.is_first:
@@ -137,37 +157,48 @@ class Trainer:
         sign = 1 if self.section.watched(self.recipe.tasks)[1] in BETTER_WHEN_LARGE else -1
         return value is not None and sign * value > sign * self.best["value"]
 
+    def _start_at_label_means(self) -> None:
+        """Of the first batch that holds labels; where rows are skipped, the very first may not. Collective."""
+        for batch in self.loader.batches():
+            batch = batch.to(self.ranks.device)
+            if sum_over_ranks((batch.known_BT * batch.weight_B[:, None]).sum()) > 0:
+                self.built.task.start_at_label_means(batch)
+                return
+
+    def _gather_tally(self) -> None:
+        """The first rank takes in what the others skipped and capped. Collective."""
+        tally = self.loader.tally
+        for part in self.ranks.gather(tally.copy()):
+            tally.update(part)
+        now = tally.copy()
+        if now.skipped_rows == self.loader.num_rows:
+            raise InputError(f"no training row could be read; {now.report()['skipped']['reasons'][0]}")
+
     def _facts(self) -> dict[str, Any]:
         return {
             "step": self.step,
-            "position": {"epoch": self.position.epoch, "row": self.position.row},
-            "data": fingerprint(self.loader.row_groups),
-            "order": self._order(),
+            "reading": self.loader.state_dict(self.position),
+            "tally": asdict(self.loader.tally.copy()),
+            "fitted": self.fitted.digest(),
             "meaning": meaning(self.recipe),
             "best": self.best,
             "evaluations_since_best": self.evaluations_since_best,
         }
 
-    def _order(self) -> dict[str, Any]:
-        """What, beside the files, the order of rows is a function of: a reading position is only good for one."""
-        data = self.recipe.data
-        return {"train.seed": self.section.seed, "data.shuffle": data.shuffle, "data.shuffle_row_groups": data.shuffle_row_groups}
-
     def _check_same(self, folder: Path, facts: dict[str, Any]) -> None:
-        if facts["data"] != fingerprint(self.loader.row_groups):
-            raise InputError(f"{folder}: the training files changed since this checkpoint; restore them or start another run")
-        then = facts["meaning"] | facts["order"]
-        now = meaning(self.recipe) | (self._order() if facts["position"]["row"] else {})
-        for key, value in now.items():
-            if then[key] != value:
-                what = f" ({then[key]} then, {value} now)" if not isinstance(value, list) else ""
+        for key, value in meaning(self.recipe).items():
+            then = facts["meaning"][key]
+            if then != value:
+                what = f" ({then} then, {value} now)" if not isinstance(value, list) else ""
                 raise InputError(f"{folder}: '{key}' differs from the recipe of this checkpoint{what}; restore it or start another run")
+        check_fitted(self.fitted, folder, facts)
 
     def _save(self) -> None:
         folder = self.checkpoints / f"step_{self.step}"
         own = {"random_state": torch.get_rng_state()}
         if self.ranks.device.type == "cuda":
             own["cuda_random_state"] = torch.cuda.get_rng_state(self.ranks.device)
+        self._gather_tally()
         checkpoint.save(folder, model_state(self.built) | optimizer_state(self.built), own, self._facts())
         if self.ranks.is_first:
             checkpoint.prune(self.checkpoints, self.recipe.checkpoint.keep, f"step_{self.best['step']}" if self.best else None)
@@ -180,9 +211,15 @@ class Trainer:
             return
         facts = reader.manifest
         self._check_same(reader.folder, facts)
+        try:
+            position = self.loader.load_state_dict(facts["reading"])
+        except InputError as error:
+            raise InputError(f"{reader.folder}: {error}") from error
         load_model(self.built, reader)
         load_optimizers(self.built, reader)
-        self.step, self.position = facts["step"], ReadingPosition(**facts["position"])
+        self.step, self.position = facts["step"], position
+        # Files that are left out now are known; they may have moved.
+        self.loader.tally.update(Tally(**facts["tally"] | {"bad_files": {}}))
         self.best, self.evaluations_since_best = facts["best"], facts["evaluations_since_best"]
         for name, restore in (("random_state", torch.set_rng_state), ("cuda_random_state", torch.cuda.set_rng_state)):
             random_state = reader.read_own(name)
@@ -195,5 +232,14 @@ class Trainer:
         if not self.ranks.is_first:
             return
         result = self.best["metrics"] if self.best else {"split": None, "rows": 0, "step": self.step, "tasks": {}}
-        write_json(self.run / "result.json", result)
+        data = {"rows": self.loader.num_rows, **self.loader.tally.report()}
+        write_json(self.run / "result.json", result | {"data": data})
+        self._say_what_was_left_out(data)
         say(f"done: step {self.step}, best step {result['step']}, {self.run / 'result.json'}")
+
+    def _say_what_was_left_out(self, data: dict[str, Any]) -> None:
+        skipped = data["skipped"]
+        if skipped["files"]:
+            say(f"skipped {skipped['rows']} training rows in {skipped['files']} files; first: {skipped['reasons'][0]}")
+        for task, counts in data["capped"].items():
+            say(f"{task}: {counts['negative']} negative durations set to 0, {counts['above_cap']} cut to the cap")

@@ -80,7 +80,9 @@ class BinaryHead(Head):
     def loss(self, logits_BT: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         label_B = batch.labels_BT[:, self.index]  # 0 where the condition fails, so it is also the label of the product
         if self.over_all_rows:
-            return product_cross_entropy([logits_BT[:, i] for i in self.chain], label_B), batch.weight_B
+            # The product is known where the label is, and where an ancestor's is 0.
+            known_B = batch.known_BT[:, self.index] | (batch.known_BT & (batch.labels_BT == 0))[:, self.chain[1:]].any(1)
+            return product_cross_entropy([logits_BT[:, i] for i in self.chain], label_B), batch.weight_B * known_B
         loss_B = F.binary_cross_entropy_with_logits(logits_BT[:, self.index], label_B, reduction="none")
         return loss_B, batch.weight_B * batch.known_BT[:, self.index]
 

@@ -127,13 +127,15 @@ class TaskColumns:
     prediction_N: np.ndarray
     """Conditional on `given`: a probability if binary, else a duration."""
     label_N: np.ndarray
+    null_N: np.ndarray | None = None
+    """Rows whose label is missing and counts for nothing."""
 
 
 def report(tasks: Sequence[TaskColumns], group_N=None, scenario_N=None, weight_N=None) -> dict[str, dict]:
     """The metrics of one split, as `result.json` holds them.
 
     A task with `given` counts the rows on which the labels of all its ancestors are 1. Its `joint` counts every row: its prediction times
-    its ancestors' predictions, against its label times its ancestors' labels.
+    its ancestors' predictions, against its label times its ancestors' labels. Rows where a label that would decide is null do not count.
 
     Args: tasks of N rows each; optional integer groups, scenarios (integers, strings or objects) and weights, each of shape (N,).
     Returns {"tasks": {task: {"kind", metrics; with given: "given", "joint"}}} and, with scenarios, the scenario of most rows first,
@@ -151,9 +153,13 @@ def report(tasks: Sequence[TaskColumns], group_N=None, scenario_N=None, weight_N
         ancestors = _ancestors(task, by_name)
         holds_N[task.name] = np.logical_and.reduce([all_rows >= 0, *(np.asarray(given.label_N) == 1 for given in ancestors)])
         entry: dict[str, object] = {"kind": task.kind, "given": task.given} if ancestors else {"kind": task.kind}
+        nulls = [part.null_N for part in (task, *ancestors) if part.null_N is not None]
+        known_N = ~np.logical_or.reduce(nulls) if nulls else np.ones(len(all_rows), bool)
+        joint = _joint(task, ancestors, holds_N[task.name]) if ancestors else None
+        holds_N[task.name] &= known_N
         entry |= _task_metrics(task, all_rows[holds_N[task.name]], group_N, weight_N)
-        if ancestors:
-            entry["joint"] = _task_metrics(_joint(task, ancestors, holds_N[task.name]), all_rows, group_N, weight_N)
+        if joint:
+            entry["joint"] = _task_metrics(joint, all_rows[known_N], group_N, weight_N)
         result["tasks"][task.name] = entry
     if scenario_N is not None:
         result["scenarios"] = {

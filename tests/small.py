@@ -9,6 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from triptych.datasets.columns import Jagged
+
 RECIPE = """
 name = "small"
 [data]
@@ -130,3 +132,9 @@ def write_log(root: Path, *, train_rows: int = 700, valid_rows: int = 200, row_g
     recipe = root / "recipe.toml"
     recipe.write_text(RECIPE.replace("{root}", str(root)), encoding="utf-8")
     return recipe
+
+
+def as_lists(jagged: Jagged) -> list[list[int]]:
+    """The values of each row."""
+    ends = np.cumsum(jagged.lengths_N)[:-1]
+    return [values.tolist() for values in np.split(jagged.value_M, ends)] if len(jagged) else []

@@ -211,8 +211,10 @@ def test_ranks_refuse_bad_rows_in_one_line(case: str, tmp_path: Path) -> None:
     log = write_log(tmp_path, train_rows=300, valid_rows=20)
     table = pq.read_table(tmp_path / "train.parquet")
     position = table.column_names.index(column)
-    table = table.set_column(position, column, spoil(table.column(column).to_pylist()))
-    pq.write_table(table, tmp_path / "train.parquet")
+    spoiled = spoil(table.column(column).to_pylist())
+    pq.write_table(table.set_column(position, column, spoiled), tmp_path / "train.parquet")
+    valid = pq.read_table(tmp_path / "valid.parquet")
+    pq.write_table(valid.set_column(position, column, valid.column(column).cast(spoiled.type)), tmp_path / "valid.parquet")
     line = refused(triptych("train", "--recipe", log, "--run", tmp_path / "run", "--ranks", 2))
     assert all(fragment in line for fragment in fragments), line
 

@@ -14,6 +14,7 @@ import torch
 
 from tests.ranks import run_on_ranks
 from tests.small import write_log
+from triptych.datasets.fitted import Fitted
 from triptych.datasets.schema import InputError
 from triptych.launch import checkpoint
 from triptych.launch.build import build, load_model, load_optimizers, model_state, optimizer_state
@@ -24,6 +25,7 @@ from triptych.launch.trainer import Trainer
 
 PLANS = ["table_wise", "row_wise", "data_parallel", "mixed"]
 MIXED = {"user": "row_wise", "item": "table_wise", "words": "data_parallel"}
+FITTED = ["features.length.transform=standard", "tables.user.ids=vocabulary"]
 DISTURBANCES = ["flipped", "cut", "missing", "other_step", "manifest"]
 
 
@@ -37,8 +39,9 @@ def local_values(state: checkpoint.State) -> dict[str, list[tuple[tuple[int, ...
 
 
 def valid_predictions(recipe: Recipe, model: torch.nn.Module, ranks: Ranks) -> np.ndarray | None:
-    split = Split("valid", recipe.data_schema, recipe.tasks, "valid.parquet", ranks)
-    return predict_rows(model, split.loader, ranks)
+    split = Split("valid", recipe.data_schema, recipe.tasks, "valid.parquet", ranks, Fitted())
+    predictions = predict_rows(model, split.loader, ranks)
+    return None if predictions is None else predictions.prediction_NT
 
 
 def train_and_predict(ranks: Ranks, path: Path, runs: dict[str, Path]) -> dict[str, np.ndarray | None]:
@@ -83,11 +86,11 @@ def test_any_plan_predicts_the_same(log: Path, tmp_path: Path) -> None:
 
 
 def fit(ranks: Ranks, path: Path, runs: list[tuple[str, Path]], resume: bool) -> list[dict[str, Any]]:
-    """Train each (plan, run) with dropout, evaluations inside epochs, a checkpoint every three steps; this rank's final states."""
+    """Train each (plan, run) with something fitted, dropout, evaluations inside epochs, often saved; this rank's final states."""
     results = []
     for plan, run in runs:
         more = ["train.epochs=3", "train.evaluate_every=5", "checkpoint.every_steps=3", "checkpoint.keep=1000", "model.dropout=0.2"]
-        trainer = Trainer(recipe_with(path, plan, *more), run, ranks, resume=resume)
+        trainer = Trainer(recipe_with(path, plan, *FITTED, *more), run, ranks, resume=resume)
         trainer.fit()
         state = local_values(model_state(trainer.built) | optimizer_state(trainer.built))
         results.append({"state": state, "step": trainer.step, "position": trainer.position, "best": trainer.best})
@@ -195,7 +198,17 @@ WRONG_RESUMES = {
     "model.expert_layers=[16, 9]": "has shape [5, 8]",
     "train.seed=4": "'train.seed' differs from the recipe of this checkpoint (3 then, 4 now)",
     "data.shuffle_row_groups=2": "'data.shuffle_row_groups' differs",
+    "data.memory_mb=512": "'data.memory_mb' differs",
+    "features.length.transform=quantile": "'features' differs",
+    "tables.user.min_count=2": "'tables' differs",
+    "tasks.ctr.nulls=mask": "'tasks' differs",
 }
+
+
+def move_the_mean(statistics: Path) -> None:
+    content = json.loads(statistics.read_text())
+    content["standard"]["length"]["mean"][0] += 1
+    statistics.write_text(json.dumps(content))
 
 
 def resume_wrongly(ranks: Ranks, path: Path, whole: Path) -> dict[str, tuple[str, str]]:
@@ -203,10 +216,12 @@ def resume_wrongly(ranks: Ranks, path: Path, whole: Path) -> dict[str, tuple[str
     fit(ranks, path, [("table_wise", whole)], False)
     run = stopped_copy(whole, 3)
     messages = {}
-    for change in [*WRONG_RESUMES, "not asked for"]:
+    for change in [*WRONG_RESUMES, "not asked for", "other statistics"]:
         more = [change] if change in WRONG_RESUMES else []
+        if change == "other statistics":
+            move_the_mean(run / "fitted" / "statistics.json")
         try:
-            Trainer(recipe_with(path, "row_wise", *more), run, ranks, resume=bool(more))
+            Trainer(recipe_with(path, "row_wise", *FITTED, *more), run, ranks, resume=change != "not asked for")
             messages[change] = ("accepted", "")
         except InputError as error:
             messages[change] = (str(error), (run / "recipe.toml").read_text())
@@ -217,7 +232,11 @@ def resume_wrongly(ranks: Ranks, path: Path, whole: Path) -> dict[str, tuple[str
 def test_resuming_what_does_not_fit_is_refused_and_changes_nothing(log: Path, tmp_path: Path) -> None:
     messages = run_on_ranks(1, resume_wrongly, log, tmp_path / "run")[0]
     recipe = (tmp_path / "run" / "recipe.toml").read_text()
-    for change, expected in [*WRONG_RESUMES.items(), ("not asked for", "--resume")]:
+    others = {
+        "not asked for": "--resume",
+        "other statistics": "fitted is not what step_3 was trained with; restore it or start another run",
+    }
+    for change, expected in (WRONG_RESUMES | others).items():
         message, recipe_afterwards = messages[change]
         assert expected in message, (change, message)
         assert recipe_afterwards == recipe

@@ -14,7 +14,9 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from tests.ranks import run_on_ranks
 from tests.small import write_log
-from triptych.datasets.files import list_row_groups
+from triptych.datasets.decode import Decoder
+from triptych.datasets.files import list_slices
+from triptych.datasets.fitted import Fitted
 from triptych.datasets.loader import Loader
 from triptych.datasets.schema import SIDES, Feature
 from triptych.embeddings.tables import fill_table
@@ -52,10 +54,10 @@ def recipe_for(path: Path, case: str, world_size: int = 1) -> Recipe:
 
 
 def make_loader(recipe: Recipe, rank: int, world_size: int, split: str = "train") -> Loader:
-    groups = list_row_groups([f"{recipe.data.root}/{split}.parquet"])
+    schema = recipe.data_schema
     return Loader(
-        recipe.data_schema,
-        groups,
+        Decoder(schema, Fitted()),
+        list_slices(schema, [f"{recipe.data.root}/{split}.parquet"], labels=True).slices,
         rank=rank,
         world_size=world_size,
         seed=recipe.train.seed,
@@ -149,7 +151,7 @@ def sharded_training(ranks: Ranks, path: Path, cases: list[str]) -> dict[str, An
             parts[name] = shards if shards is not None else [([0] * value.dim(), value.detach().clone())]
         predictions = predict_rows(built.model, make_loader(recipe, ranks.rank, ranks.world_size, "valid"), ranks)
         kinds = {table: facts["sharding"] for table, facts in built.plan().items()}
-        results[case] = (kinds, parts, predictions)
+        results[case] = (kinds, parts, None if predictions is None else predictions.prediction_NT)
     return results
 
 

@@ -5,10 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triptych.datasets.columns import NO_ID, Columns, Jagged, empty_columns, to_batch
+from tests.small import as_lists
+from triptych.datasets.columns import Columns, Jagged, Part, empty_columns, to_batch
 from triptych.datasets.schema import DataSection, Feature, Label, Schema, TableIds
 
-many_examples = settings(deadline=None, max_examples=100)
+many_examples = settings(deadline=None, max_examples=60)
 lists_of_ids = st.lists(st.lists(st.integers(0, 99), max_size=5), max_size=8)
 
 SCHEMA = Schema(
@@ -26,15 +27,24 @@ SCHEMA = Schema(
 )
 
 
-def jagged(lists):
-    return Jagged.from_lengths(
-        np.array([v for values in lists for v in values], np.int64), np.array([len(values) for values in lists], int)
-    )
+def jagged(lists, offsets=np.int64):
+    """These lists; without offsets, if all hold one value and offsets are None."""
+    values = np.array([v for values in lists for v in values], np.int64)
+    if offsets is None:
+        assert all(len(values) == 1 for values in lists)
+        return Jagged(values)
+    whole = Jagged.from_lengths(values, np.array([len(values) for values in lists], np.int64))
+    return Jagged(whole.value_M, whole.offsets_N1.astype(offsets))
 
 
-def as_lists(jagged):
-    assert jagged.offsets_N1[0] == 0 and jagged.offsets_N1[-1] == len(jagged.value_M)
-    return [jagged.value_M[start:stop].tolist() for start, stop in zip(jagged.offsets_N1[:-1], jagged.offsets_N1[1:], strict=True)]
+# Lists and their kind of offsets; one value each needs none.
+many_lists = st.one_of(
+    st.tuples(lists_of_ids, st.sampled_from([np.int32, np.int64])),
+    st.tuples(st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=1), max_size=8), st.none()),
+)
+
+
+ONE_ID = ("user", "item")
 
 
 def stretch_of(lists):
@@ -45,8 +55,8 @@ def stretch_of(lists):
 small_floats = st.integers(-8, 8).map(lambda eighth: eighth / 8)
 one_row = st.fixed_dictionaries(
     {
-        "user": st.lists(st.integers(0, 99), max_size=1),  # no id, or one
-        "item": st.lists(st.integers(0, 99), max_size=1),
+        "user": st.lists(st.integers(0, 99), min_size=1, max_size=1),
+        "item": st.lists(st.integers(0, 99), min_size=1, max_size=1),
         "seen": st.lists(st.integers(0, 99), max_size=4),
         "tags": st.lists(st.integers(0, 99), max_size=4),
         "dense": st.lists(small_floats, min_size=3, max_size=3),
@@ -62,13 +72,17 @@ PADDED_ROW = {
 }  # fmt: skip
 
 
-def columns_of(rows):
+def columns_of(rows, skipped=()):
+    """The rows as columns: one-id features, which every row has, without offsets, unless they are skipped."""
+
     def array(name, width, kind):
         return np.array([row[name] for row in rows], kind).reshape(len(rows), width)
 
     return Columns(
-        ids_FN=np.array([[row[name][0] if row[name] else NO_ID for row in rows] for name in ("user", "item")], np.int64),
-        lists=[jagged([row[name] for row in rows]) for name in ("seen", "tags")],
+        ids_F=[
+            Jagged.empty(len(rows)) if name in skipped else jagged([row[name] for row in rows], None if name in ONE_ID else np.int32)
+            for name in SCHEMA.id_feature_names
+        ],
         dense_ND=array("dense", 3, np.float32),
         labels_NT=array("labels", 2, np.float32),
         known_NT=array("known", 2, bool),
@@ -94,43 +108,43 @@ def rows_of(batch):
 
 
 def joined(parts):
-    return rows_of(to_batch(parts, SCHEMA.id_feature_names))
+    """The rows of a Batch of parts, or of whole columns."""
+    return rows_of(to_batch([Part(p, 0, len(p)) if isinstance(p, Columns) else p for p in parts], SCHEMA.id_feature_names))
 
 
 class TestJagged:
     @many_examples
-    @given(lists_of_ids)
-    def test_lists_survive_and_lengths_are_theirs(self, lists):
-        assert as_lists(jagged(lists)) == lists
-        assert jagged(lists).lengths_N.tolist() == [len(values) for values in lists]
+    @given(many_lists)
+    def test_lists_survive_and_lengths_are_theirs(self, lists_and_offsets):
+        lists, offsets = lists_and_offsets
+        assert as_lists(jagged(lists, offsets)) == lists
+        assert jagged(lists, offsets).lengths_N.tolist() == [len(values) for values in lists]
 
     @many_examples
-    @given(lists_of_ids, st.data())
-    def test_take_equals_indexing_a_list(self, lists, data):
+    @given(many_lists, st.data())
+    def test_take_equals_indexing_a_list(self, lists_and_offsets, data):
+        lists, offsets = lists_and_offsets
         rows = data.draw(st.lists(st.integers(0, len(lists) - 1), max_size=12)) if lists else []
-        assert as_lists(jagged(lists).take(np.array(rows, np.int64))) == [lists[row] for row in rows]
+        taken = jagged(lists, offsets).take(np.array(rows, np.int64))
+        assert as_lists(taken) == [lists[row] for row in rows] and taken.value_M.dtype == np.int64
 
     @many_examples
-    @given(lists_of_ids, st.data())
-    def test_cut_equals_slicing_a_list(self, lists, data):
-        start, stop = data.draw(stretch_of(lists))
-        assert as_lists(jagged(lists).cut(start, stop)) == lists[start:stop]
+    @given(many_lists, st.integers(1, 6))
+    def test_last_keeps_the_end_of_every_list(self, lists_and_offsets, max_length):
+        lists, offsets = lists_and_offsets
+        assert as_lists(jagged(lists, offsets).last(max_length)) == [values[-max_length:] for values in lists]
 
     @many_examples
-    @given(lists_of_ids, st.integers(1, 6))
-    def test_last_keeps_the_end_of_every_list(self, lists, max_length):
-        assert as_lists(jagged(lists).last(max_length)) == [values[-max_length:] for values in lists]
-
-    @many_examples
-    @given(lists_of_ids, st.integers(1, 6), st.data())
-    def test_operations_compose(self, lists, max_length, data):
-        start, stop = data.draw(stretch_of(lists))
-        rows = data.draw(st.permutations(range(stop - start)))
-        result = jagged(lists).cut(start, stop).take(np.array(rows, np.int64)).last(max_length)
-        assert as_lists(result) == [lists[start:stop][row][-max_length:] for row in rows]
+    @given(many_lists, st.integers(1, 6), st.data())
+    def test_operations_compose(self, lists_and_offsets, max_length, data):
+        lists, offsets = lists_and_offsets
+        rows = data.draw(st.permutations(range(len(lists))))
+        result = jagged(lists, offsets).take(np.array(rows, np.int64)).last(max_length).take(np.array(rows, np.int64))
+        assert as_lists(result) == [lists[rows[row]][-max_length:] for row in rows]
 
     def test_empty_lists(self):
         assert as_lists(Jagged.empty(3)) == [[], [], []]
+        assert as_lists(Jagged.empty(3).take(np.array([2, 0]))) == [[], []]
         assert as_lists(Jagged.empty(0)) == []
 
 
@@ -143,11 +157,11 @@ class TestColumns:
 
     @many_examples
     @given(many_rows, st.data())
-    def test_cut_equals_slicing_rows(self, rows, data):
+    def test_a_part_equals_slicing_rows(self, rows, data):
         start, stop = data.draw(stretch_of(rows))
-        cut = columns_of(rows).cut(start, stop)
-        assert len(cut) == stop - start
-        assert joined([cut]) == rows[start:stop]
+        part = Part(columns_of(rows), start, stop)
+        assert len(part) == stop - start
+        assert joined([part]) == rows[start:stop]
 
     def test_empty_columns_are_padded_rows(self):
         assert joined([empty_columns(2, SCHEMA)]) == [PADDED_ROW] * 2
@@ -156,21 +170,23 @@ class TestColumns:
 
 class TestToBatch:
     @many_examples
-    @given(st.lists(many_rows, min_size=1, max_size=4), st.integers(0, 3))
-    def test_parts_and_padding_join_row_after_row(self, parts, padding):
-        batch = joined([columns_of(rows) for rows in parts] + [empty_columns(padding, SCHEMA)])
-        assert batch == [row for rows in parts for row in rows] + [PADDED_ROW] * padding
+    @given(st.lists(many_rows, min_size=1, max_size=4), st.integers(0, 3), st.data())
+    def test_parts_and_padding_join_row_after_row(self, parts, padding, data):
+        stretches = [data.draw(stretch_of(rows)) for rows in parts]
+        columns = [Part(columns_of(rows), *stretch) for rows, stretch in zip(parts, stretches, strict=True)]
+        expected = [row for rows, (start, stop) in zip(parts, stretches, strict=True) for row in rows[start:stop]]
+        assert joined([*columns, empty_columns(padding, SCHEMA)]) == expected + [PADDED_ROW] * padding
 
     @many_examples
     @given(st.lists(many_rows, min_size=1, max_size=3), st.sets(st.sampled_from(["user", "item", "seen", "tags"])))
     def test_skipped_features_look_nothing_up_and_leave_the_others_alone(self, parts, skipped):
-        parts = [[row | {name: [] for name in skipped} for row in rows] for rows in parts]
-        assert joined([columns_of(rows) for rows in parts]) == [row for rows in parts for row in rows]
+        expected = [row | {name: [] for name in skipped} for rows in parts for row in rows]
+        assert joined([columns_of(rows, skipped) for rows in parts]) == expected
 
     @many_examples
     @given(many_rows)
     def test_shapes_and_types_are_those_of_the_model(self, rows):
-        batch = to_batch([columns_of(rows)], SCHEMA.id_feature_names)
+        batch = to_batch([Part(columns_of(rows), 0, len(rows))], SCHEMA.id_feature_names)
         num_rows = len(rows)
         assert batch.ids.keys() == ["user", "item", "seen", "tags"]
         assert batch.ids.stride() == num_rows
@@ -178,3 +194,11 @@ class TestToBatch:
         assert (batch.dense_BD.dtype, batch.dense_BD.shape) == (torch.float32, (num_rows, 3))
         assert (batch.labels_BT.dtype, batch.labels_BT.shape) == (torch.float32, (num_rows, 2))
         assert (batch.known_BT.dtype, batch.weight_B.dtype, batch.row_B.dtype) == (torch.bool, torch.float32, torch.int64)
+
+    def test_a_batch_is_a_copy(self):
+        rows = [{**PADDED_ROW, "user": [3], "item": [4], "seen": [5, 6], "tags": []}]
+        columns = columns_of(rows)
+        batch = to_batch([Part(columns, 0, 1)], SCHEMA.id_feature_names)
+        for array in (columns.dense_ND, columns.labels_NT, columns.weight_N, columns.row_N, *(ids.value_M for ids in columns.ids_F)):
+            array[...] = 7
+        assert rows_of(batch) == rows

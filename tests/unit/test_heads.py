@@ -158,6 +158,46 @@ class TestBinaryHead:
         assert torch.equal(self.heads[index].prediction(self.logits_BT), torch.sigmoid(self.logits_BT[:, index]))
 
 
+class TestMaskedNulls:
+    """Any label of the chain a -> b -> c may be null, and is then 0 and not known, as are those that are given it."""
+
+    random = np.random.default_rng(1)
+    chain_B3 = random.choice([0, 1, 1, None], (96, 3))
+    weight_B, logits_BT = random.random(96), torch.tensor(random.normal(0, 3, (96, 4)))
+    weight_B[::7] = 0
+
+    def batch(self):
+        labels, known = [], []
+        for a, b, c in self.chain_B3:
+            known.append(
+                [a == 1 and b == 1 and c is not None, a is not None, a == 1 and b is not None, a == 1 and b == 1 and c is not None]
+            )
+            labels.append([value or 0 if is_known else 0 for value, is_known in zip((c, a, b, c), known[-1], strict=True)])
+        return batch_of(labels, known, self.weight_B)
+
+    @pytest.mark.parametrize(("index", "length"), [(0, 3), (2, 2)])
+    def test_esmm_counts_a_row_once_its_product_is_certain(self, index, length):
+        loss_B, count_B = make_head(CHAIN[index], index, schema_of(*CHAIN)).loss(self.logits_BT, self.batch())
+        total, counted = 0.0, []
+        for row, labels in enumerate(self.chain_B3):
+            product = 1
+            for label in labels[:length]:
+                product = label
+                if label != 1:
+                    break
+            counted.append(0.0 if product is None else self.weight_B[row])
+            p = math.prod(1 / (1 + math.exp(-self.logits_BT[row, place])) for place in [1, 2, 0][:length])
+            total += counted[-1] * -math.log(p if product else 1 - p)
+        assert count_B.tolist() == counted and 0 < sum(count == 0 for count in counted) - sum(self.weight_B == 0) < 96
+        assert (loss_B * count_B).sum().item() == pytest.approx(total, rel=1e-9)
+
+    @pytest.mark.parametrize("index", [1, 3])
+    def test_masked_counts_the_rows_where_its_own_label_is_known(self, index):
+        _, count_B = make_head(CHAIN[index], index, schema_of(*CHAIN)).loss(self.logits_BT, self.batch())
+        known = [a is not None if index == 1 else a == b == 1 and c is not None for a, b, c in self.chain_B3]
+        assert count_B.tolist() == [weight if is_known else 0.0 for weight, is_known in zip(self.weight_B, known, strict=True)]
+
+
 class TestDurationHead:
     @many_examples
     @given(st.lists(st.tuples(st.floats(-20, 20), st.floats(0, 1e6)), min_size=1, max_size=9), st.floats(0.01, 10))

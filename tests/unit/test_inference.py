@@ -1,23 +1,25 @@
 """What --data and a recipe's keys name, what is checked before training, and groups and scenarios of any type."""
 
 from datetime import date, datetime
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from tests.small import rows, write_log
-from triptych.datasets.files import list_row_groups
-from triptych.datasets.parquet import check_columns
+from tests.unit.test_loader_threads import recording
+from triptych.datasets.files import list_slices
+from triptych.datasets.fitted import Fitted
 from triptych.datasets.schema import InputError
 from triptych.launch.config import load_recipe
-from triptych.launch.inference import Split, check_data, entity_loader, evaluate_rows, given_files, group_codes, split_files
+from triptych.launch.distributed import Ranks
+from triptych.launch.inference import Predictions, Split, check_data, entity_loader, evaluate_rows, given_files, group_codes, split_files
 
 
 def rank(number, world_size):
-    return SimpleNamespace(rank=number, world_size=world_size)
+    return Ranks(number, world_size, 0, 1, torch.device("cpu"))
 
 
 def refusal(function, *args, **keys):
@@ -58,77 +60,20 @@ class TestWhichFiles:
         assert refusal(given_files, schema, "nowhere.parquet").startswith(f"no such file: {tmp_path}/root/nowhere.parquet")
 
     def test_a_split_takes_a_recipes_key_or_files(self, schema, tmp_path):
-        key, files = (Split("valid", schema, [], data, rank(0, 1)) for data in ("valid.parquet", ["valid.parquet"]))
-        assert {group.path for group in key.groups} == {f"{tmp_path}/root/valid.parquet"}
-        assert {group.path for group in files.groups} == {"valid.parquet"}
+        key, files = (Split("valid", schema, [], data, rank(0, 1), Fitted()) for data in ("valid.parquet", ["valid.parquet"]))
+        assert {part.file.path for part in key.slices} == {f"{tmp_path}/root/valid.parquet"}
+        assert {part.file.path for part in files.slices} == {"valid.parquet"}
 
 
-def test_every_rank_reads_row_groups_of_its_own(tmp_path, monkeypatch):
-    recipe = load_recipe(write_log(tmp_path, train_rows=600, row_group_rows=100), ["data.batch_size=20"])
-    groups = list_row_groups([f"{tmp_path}/train.parquet"])
+def test_every_rank_reads_row_groups_of_its_own(tmp_path):
+    schema = load_recipe(write_log(tmp_path, train_rows=600, row_group_rows=100), ["data.batch_size=20"]).data_schema
+    slices = list_slices(schema, [f"{tmp_path}/train.parquet"], labels=True).slices
     read, row_numbers = [], []
     for number in range(2):
-        loader = entity_loader(recipe.data_schema, groups, rank(number, 2))
-        decode, decoded = loader._decode, []
-        monkeypatch.setattr(loader, "_decode", lambda group, decode=decode, decoded=decoded: decoded.append(group) or decode(group))
+        loader = entity_loader(recording(read.append)(schema, Fitted()), slices, rank(number, 2))
         row_numbers += [row for batch in loader.batches() for row in batch.row_B.tolist()]
-        read += decoded
-    assert sorted(read) == groups
+    assert sorted(read) == sorted(map(str, slices))
     assert sorted(row_numbers) == list(range(600))
-
-
-class TestColumnsOfMetrics:
-    """Columns that [data] names and no feature reads."""
-
-    GOOD = rows(6) | {"day": pa.array(range(6), pa.date32())}
-
-    def check(self, tmp_path, key, column, values):
-        recipe = load_recipe(write_log(tmp_path, train_rows=10, valid_rows=10), [f"data.{key}={column}"])
-        check_columns(recipe.data_schema, write(tmp_path / "f.parquet", self.GOOD | {column: values}), labels=True)
-
-    @pytest.mark.parametrize(
-        ("key", "values"),
-        [
-            *(("group", pa.array(range(6), kind)) for kind in (pa.uint64(), pa.int8(), pa.date32(), pa.timestamp("ns", "UTC"))),
-            *(("group", pa.array(values)) for values in ([True] * 6, ["a"] * 6)),
-            *(("scenario", pa.array([value] * 6)) for value in (1, "a", 0.5, True)),
-            *((key, pa.array(["a"] * 6).dictionary_encode()) for key in ("group", "scenario")),
-            *(("time", pa.array(range(6), kind)) for kind in (pa.int64(), pa.float32(), pa.date64(), pa.timestamp("ms"))),
-        ],
-    )
-    def test_types_that_fit(self, tmp_path, key, values):
-        self.check(tmp_path, key, "extra", values)
-
-    @pytest.mark.parametrize(
-        ("key", "values", "message"),
-        [
-            *(("group", [v] * 6, "needs integers, strings, booleans, dates or timestamps") for v in (0.5, [1], {"a": 1}, None)),
-            *(("scenario", [v] * 6, "needs one value a row") for v in ([1], {"a": 1})),
-            *(("time", [v] * 6, "needs numbers, dates or timestamps") for v in ("2020-01-01", [1], True)),
-        ],
-    )
-    def test_types_that_do_not_fit(self, tmp_path, key, values, message):
-        refused = refusal(self.check, tmp_path, key, "extra", pa.array(values))
-        kind = pq.read_schema(tmp_path / "f.parquet").field("extra").type
-        assert refused == f"{tmp_path}/f.parquet: column 'extra' is {kind}, but data.{key} {message}"
-
-    @pytest.mark.parametrize("key", ["group", "scenario", "time", "weight"])
-    def test_a_column_that_is_not_there(self, tmp_path, key):
-        message = f"{tmp_path}/f.parquet: no column 'dya' for data.{key} (did you mean 'day'?)"
-        assert refusal(self.check, tmp_path, key, "dya", ...) == message
-
-    @pytest.mark.parametrize(
-        ("column", "asked_by"), [("length", "feature 'length'"), ("buy", "task 'cvr'"), ("time_ms", "data.time"), ("day", None)]
-    )
-    def test_two_columns_of_one_name(self, tmp_path, column, asked_by):
-        recipe = load_recipe(write_log(tmp_path, train_rows=10, valid_rows=10), ["data.time=time_ms"])
-        table, path = pa.table(self.GOOD), f"{tmp_path}/f.parquet"
-        pq.write_table(table.append_column(column, table.column(column)), path)
-        if asked_by is None:
-            check_columns(recipe.data_schema, path, labels=True)
-        else:
-            message = refusal(check_columns, recipe.data_schema, path, labels=True)
-            assert message == f"{path}: 2 columns are named '{column}', which {asked_by} reads"
 
 
 class TestGroupCodes:
@@ -168,6 +113,7 @@ class TestGroupCodes:
     [
         ((pa.int32(), pa.int64()), (pa.string(), pa.dictionary(pa.int32(), pa.string()))),
         ((pa.dictionary(pa.int8(), pa.string()), pa.large_string()), (pa.large_string(), pa.string())),
+        ((pa.string_view(), pa.string()), (pa.string_view(), pa.string())),
     ],
 )
 def test_files_whose_groups_and_scenarios_differ_in_type_are_evaluated_as_one(tmp_path, group_kinds, page_kinds):
@@ -182,10 +128,44 @@ def test_files_whose_groups_and_scenarios_differ_in_type_are_evaluated_as_one(tm
         parts.append(write(tmp_path / f"{part}.parquet", columns_of_part | {"who": who, "page": page}, 60))
     whole = [write(tmp_path / "whole.parquet", columns | {"who": pa.array(columns["who"]).cast(plain)})]
     of_parts, of_whole = (
-        evaluate_rows(prediction_NT, list_row_groups(files), recipe.data_schema, recipe.tasks) for files in (parts, whole)
+        evaluate_rows(all_read(prediction_NT), list_slices(recipe.data_schema, files, labels=True).slices, recipe.data_schema, recipe.tasks)
+        for files in (parts, whole)
     )
     assert of_parts == of_whole
     assert of_whole["tasks"]["ctr"]["gauc"] is not None and set(of_whole["scenarios"]) == {"home", "search", "feed"}
+
+
+def all_read(prediction_NT):
+    return Predictions(prediction_NT, np.ones(len(prediction_NT), bool))
+
+
+class TestRowsThatDoNotCount:
+    def evaluated(self, tmp_path, columns, predictions, *overrides):
+        recipe = load_recipe(tmp_path / "recipe.toml", ["data.scenario=page", *overrides])
+        slices = list_slices(recipe.data_schema, [write(tmp_path / "f.parquet", columns, 50)], labels=True).slices
+        return evaluate_rows(predictions, slices, recipe.data_schema, recipe.tasks)
+
+    def test_masked_labels_are_those_of_a_split_without_their_rows(self, tmp_path):
+        write_log(tmp_path)
+        columns, prediction_NT = rows(200), np.random.default_rng(0).uniform(0.1, 0.9, (200, 3))
+        null_N = np.random.default_rng(1).random(200) < 0.2
+        masked = columns | {"click": pa.array(columns["click"], mask=null_N)}
+        found = self.evaluated(tmp_path, masked, all_read(prediction_NT), "tasks.ctr.nulls=mask")
+        kept = {name: np.asarray(values, object)[~null_N].tolist() for name, values in columns.items()}
+        expected = self.evaluated(tmp_path, kept, all_read(prediction_NT[~null_N]))
+        assert found["tasks"] == expected["tasks"] and (found["rows"], expected["rows"]) == (200, 200 - null_N.sum())
+
+    def test_rows_that_were_not_read_are_left_out_where_bad_files_are_skipped(self, tmp_path):
+        write_log(tmp_path)
+        columns, prediction_NT = rows(200), np.random.default_rng(0).uniform(0.1, 0.9, (200, 3))
+        left = np.ones(200, bool)
+        left[50:100] = left[120] = False
+        prediction_NT[~left] = np.nan
+        found = self.evaluated(tmp_path, columns, Predictions(prediction_NT, left), "data.on_bad_file=skip")
+        kept = {name: np.asarray(values, object)[left].tolist() for name, values in columns.items()}
+        assert found == self.evaluated(tmp_path, kept, all_read(prediction_NT[left])) and found["rows"] == 149
+        nothing = Predictions(prediction_NT, np.zeros(200, bool))
+        assert refusal(self.evaluated, tmp_path, columns, nothing, "data.on_bad_file=skip") == "no row of the split could be read"
 
 
 class TestChecksBeforeTraining:
@@ -202,8 +182,35 @@ class TestChecksBeforeTraining:
         self.check(tmp_path, valid=("click", 1), items=("item", 59))
 
     def test_a_null_label_in_valid(self, tmp_path):
-        message = f"{tmp_path}/valid.parquet: row group 1: label 'click' of task 'ctr' has 1 nulls; drop those rows"
+        message = (
+            f"{tmp_path}/valid.parquet: row group 1: label 'click' of task 'ctr' has 1 nulls; drop those rows, or set its nulls = \"mask\""
+        )
         assert refusal(self.check, tmp_path, valid=("click", None)) == message
+
+    def test_a_null_label_that_its_task_masks_is_no_reason(self, tmp_path):
+        path = write_log(tmp_path)
+        columns = rows(20)
+        write(tmp_path / "valid.parquet", columns | {"click": [*columns["click"].tolist()[:-1], None]})
+        check_data(load_recipe(path, ["tasks.ctr.nulls=mask"]))
+
+    def test_a_column_that_valid_or_the_catalogue_holds_as_another_type(self, tmp_path):
+        path = write_log(tmp_path)
+        write(tmp_path / "items.parquet", rows(20) | {"item": [str(item) for item in rows(20)["item"]]})
+        differs = f"{tmp_path}/items.parquet: column 'item' holds strings, but integers in {tmp_path}/train.parquet; "
+        assert refusal(check_data, load_recipe(path, ["data.items=items.parquet"])).startswith(differs)
+        write(tmp_path / "valid.parquet", rows(20) | {"page": list(range(20))})
+        differs = f"{tmp_path}/valid.parquet: column 'page' holds integers, but strings in {tmp_path}/train.parquet; "
+        assert refusal(check_data, load_recipe(path)).startswith(differs)
+
+    def test_what_is_skipped_is_not_refused(self, tmp_path):
+        self.check(tmp_path, valid=("click", 1))
+        (tmp_path / "train").mkdir()
+        for name in ("a", "b"):
+            write(tmp_path / "train" / f"{name}.parquet", rows(20))
+        (tmp_path / "train" / "a.parquet").write_bytes(b"")
+        recipe = tmp_path / "recipe.toml"
+        assert refusal(check_data, load_recipe(recipe, ["data.train=train"])).startswith(f"{tmp_path}/train/a.parquet: not a readable")
+        check_data(load_recipe(recipe, ["data.train=train", "data.on_bad_file=skip"]))
 
     def test_a_null_id_in_the_catalogue(self, tmp_path):
         message = f"{tmp_path}/items.parquet: row group 1: column 'item' has 1 nulls; every item of the catalogue needs an id"

@@ -1,7 +1,6 @@
-"""Batches hold exactly the files' rows, on any number of ranks, from any position; the reading thread is well-behaved."""
+"""Batches hold exactly the files' rows, on any number of ranks, from any position, however row groups are cut."""
 
-import gc
-import threading
+from dataclasses import replace
 from random import Random
 
 import numpy as np
@@ -11,16 +10,18 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from triptych.datasets.files import list_row_groups
+from triptych.datasets.decode import Decoder
+from triptych.datasets.files import list_slices
+from triptych.datasets.fitted import Fitted
 from triptych.datasets.ids import table_rows
-from triptych.datasets.loader import Loader, in_background
+from triptych.datasets.loader import Loader
 from triptych.datasets.row_groups import EpochOrder, ReadingPosition
-from triptych.datasets.schema import DataSection, Feature, InputError, Label, Schema, TableIds
+from triptych.datasets.schema import DataSection, Feature, Label, Schema, TableIds
 
-some_examples = settings(deadline=None, max_examples=30)
+some_examples = settings(deadline=None, max_examples=20)
 
 SCHEMA = Schema(
-    DataSection(root=".", weight="w", batch_size=4, prefetch=2),
+    DataSection(root=".", weight="w", batch_size=4, prefetch=2, workers=0),
     tables=(TableIds(name="word", rows=50), TableIds(name="item", rows=40, ids="index"), TableIds(name="band", rows=4, ids="index")),
     features=(
         Feature(name="seen", kind="ids", table="item", max_length=3),
@@ -64,13 +65,30 @@ def random_row(draw):
     }
 
 
+def schema_with(**data):
+    return replace(SCHEMA, data=SCHEMA.data.model_copy(update=data))
+
+
 def write_log(folder, files, seed=0):
-    """Write files of (rows, row group size). Returns their row groups."""
+    """Write files of (rows, row group size). Returns their row groups, whole."""
     draw, paths = Random(seed), []
     for number, (num_rows, row_group_size) in enumerate(files):
         paths.append(str(folder / f"part-{number}.parquet"))
         pq.write_table(pa.Table.from_pylist([random_row(draw) for _ in range(num_rows)], ARROW), paths[-1], row_group_size)
-    return list_row_groups(paths)
+    return list_slices(SCHEMA, paths, labels=True).slices
+
+
+def cut(groups, num_rows):
+    """The row groups in slices of so many rows."""
+    return [
+        part._replace(start=start, first_row=part.first_row + start, rows=min(num_rows, part.rows - start))
+        for part in groups
+        for start in range(0, part.rows, num_rows)
+    ]
+
+
+def loader_of(slices, *, rank=0, world_size=1, schema=SCHEMA, decoder=Decoder, **order):
+    return Loader(decoder(schema, Fitted()), slices, rank=rank, world_size=world_size, **order)
 
 
 def naive_row(number, row):
@@ -78,7 +96,7 @@ def naive_row(number, row):
 
     def ids(name, values):
         feature = SCHEMA.feature(name)
-        return [int(table_rows(pa.array([value]), feature, SCHEMA.table(feature.table), "")[0]) for value in values]
+        return [int(table_rows(pa.array([value]), feature, SCHEMA.table(feature.table), Fitted(), "")[0]) for value in values]
 
     price = np.log1p(3.0 if row["price"] is None else row["price"]) * 0.5
     clicked = row["click"] == 1
@@ -97,7 +115,7 @@ def naive_row(number, row):
 
 
 def naive_rows(groups):
-    tables = [pq.read_table(path) for path in dict.fromkeys(group.path for group in groups)]
+    tables = [pq.read_table(path) for path in dict.fromkeys(group.file.path for group in groups)]
     return [naive_row(number, row) for number, row in enumerate(row for table in tables for row in table.to_pylist())]
 
 
@@ -111,10 +129,6 @@ def rows_of(batch):
     ]
 
 
-def readers():
-    return [thread for thread in threading.enumerate() if thread.name == "reader"]
-
-
 logs = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 5)), min_size=1, max_size=3).filter(lambda files: max(files)[0] > 0)
 orders = st.fixed_dictionaries(
     {"seed": st.integers(0, 99), "shuffle": st.booleans(), "window": st.integers(1, 5), "batch_size": st.integers(1, 6)}
@@ -124,13 +138,13 @@ IN_FILE_ORDER = {"seed": 0, "shuffle": False, "window": 1, "batch_size": 4}
 
 class TestBatches:
     @some_examples
-    @given(logs, st.integers(1, 4), orders, st.integers(0, 2))
-    @example([(2, 2)], 4, IN_FILE_ORDER, 0)  # more ranks than rows
-    @example([(3, 3), (1, 1)], 3, IN_FILE_ORDER, 0)  # more ranks than row groups; files smaller than a batch
-    def test_they_equal_rows_built_one_by_one(self, tmp_path_factory, files, world_size, order, epoch):
-        groups = write_log(tmp_path_factory.mktemp("log"), files, seed=order["seed"])
+    @given(logs, st.integers(1, 4), orders, st.integers(0, 2), st.integers(1, 5))
+    @example([(2, 2)], 4, IN_FILE_ORDER, 0, 9)  # more ranks than rows
+    @example([(3, 3), (1, 1)], 3, IN_FILE_ORDER, 0, 9)  # more ranks than row groups; files smaller than a batch
+    def test_they_equal_rows_built_one_by_one(self, tmp_path_factory, files, world_size, order, epoch, slice_rows):
+        groups = cut(write_log(tmp_path_factory.mktemp("log"), files, seed=order["seed"]), slice_rows)
         expected = naive_rows(groups)
-        loaders = [Loader(SCHEMA, groups, rank=rank, world_size=world_size, **order) for rank in range(world_size)]
+        loaders = [loader_of(groups, rank=rank, world_size=world_size, **order) for rank in range(world_size)]
         ranks = [list(loader.batches(ReadingPosition(epoch))) for loader in loaders]
         assert len({tuple(len(batch.row_B) for batch in batches) for batches in ranks}) == 1  # steps, and the size at each
         trained = []
@@ -143,37 +157,51 @@ class TestBatches:
         assert sorted(trained) == list(range(len(expected)))
 
     @some_examples
-    @given(logs, st.integers(1, 4), orders)
-    def test_each_rank_reads_its_share_of_the_order_of_the_epoch(self, tmp_path_factory, files, world_size, options):
-        groups = write_log(tmp_path_factory.mktemp("log"), files)
+    @given(logs, st.integers(1, 4), orders, st.integers(1, 5))
+    def test_each_rank_reads_its_share_of_the_order_of_the_epoch(self, tmp_path_factory, files, world_size, options, slice_rows):
+        groups = cut(write_log(tmp_path_factory.mktemp("log"), files), slice_rows)
         order = EpochOrder(groups, epoch=2, **{name: options[name] for name in ("seed", "shuffle", "window")})
         within = {group: order.rows_within(group) if options["shuffle"] else range(group.rows) for group in groups}
         lanes = [[group.first_row + row for group in lane for row in within[group]] for lane in order.lanes]
         size = options["batch_size"] * world_size
         for rank in range(world_size):
-            loader = Loader(SCHEMA, groups, rank=rank, world_size=world_size, **options)
+            loader = loader_of(groups, rank=rank, world_size=world_size, **options)
             for step, batch in enumerate(loader.batches(ReadingPosition(2))):
                 share = order.share(step * size, (step + 1) * size, rank, world_size)
                 rows = [row for r in share for row in lanes[r.lane][r.start : r.stop]]
                 assert batch.row_B.tolist() == rows + [-1] * (len(batch.row_B) - len(rows))
 
+    @pytest.mark.parametrize("world_size", [1, 2, 3])
+    @pytest.mark.parametrize("shuffle", [False, True])
+    def test_a_small_memory_cuts_row_groups_and_every_row_comes_once(self, tmp_path, shuffle, world_size):
+        path, draw = str(tmp_path / "f.parquet"), Random(0)
+        rows = [random_row(draw) | {"seen": [row % 40] * 300} for row in range(600)]
+        pq.write_table(pa.Table.from_pylist(rows, ARROW), path, 300)
+        small = schema_with(memory_mb=1, shuffle_row_groups=2)
+        slices = list_slices(small, [path], labels=True).slices
+        assert len(list_slices(SCHEMA, [path], labels=True).slices) == 2 and len(slices) > 6
+        options = {"schema": small, "shuffle": shuffle, "window": 2, "batch_size": 100}
+        loaders = [loader_of(slices, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
+        found = [row for loader in loaders for batch in loader.batches() for row in rows_of(batch) if row["row"] >= 0]
+        assert sorted(found, key=lambda row: row["row"]) == naive_rows(slices)
+
     def test_batch_size_is_the_recipes_unless_given(self, tmp_path):
         groups = write_log(tmp_path, [(10, 10)])
-        assert [len(batch.row_B) for batch in Loader(SCHEMA, groups, rank=0, world_size=1).batches()] == [4, 4, 2]
-        assert [len(batch.row_B) for batch in Loader(SCHEMA, groups, rank=0, world_size=2, batch_size=3).batches()] == [3, 2]
+        assert [len(batch.row_B) for batch in loader_of(groups, rank=0, world_size=1).batches()] == [4, 4, 2]
+        assert [len(batch.row_B) for batch in loader_of(groups, rank=0, world_size=2, batch_size=3).batches()] == [3, 2]
 
 
 class TestPosition:
     @some_examples
-    @given(logs, st.integers(1, 3), orders, st.integers(0, 3))
-    def test_resuming_at_any_step_gives_exactly_the_next_batches(self, tmp_path_factory, files, world_size, order, epoch):
-        groups = write_log(tmp_path_factory.mktemp("log"), files)
+    @given(logs, st.integers(1, 3), orders, st.integers(0, 3), st.integers(1, 5))
+    def test_resuming_at_any_step_gives_exactly_the_next_batches(self, tmp_path_factory, files, world_size, order, epoch, slice_rows):
+        groups = cut(write_log(tmp_path_factory.mktemp("log"), files), slice_rows)
         for rank in range(world_size):
             position = ReadingPosition(epoch)
-            loader = Loader(SCHEMA, groups, rank=rank, world_size=world_size, **order)
+            loader = loader_of(groups, rank=rank, world_size=world_size, **order)
             whole = [rows_of(batch) for batch in loader.batches(position)]
             for step in range(len(whole)):
-                resumed = Loader(SCHEMA, groups, rank=rank, world_size=world_size, **order)
+                resumed = loader_of(groups, rank=rank, world_size=world_size, **order)
                 assert resumed.steps_left(position) == len(whole) - step
                 assert [rows_of(batch) for batch in resumed.batches(position)] == whole[step:]
                 assert [rows_of(batch) for batch in resumed.batches(position, steps=step)] == whole[step : 2 * step]
@@ -188,112 +216,8 @@ class TestPosition:
         position, trained, step = ReadingPosition(), [], 0
         while position.epoch == 0:
             world_size = world_sizes[step % 4]
-            loaders = [Loader(SCHEMA, groups, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
+            loaders = [loader_of(groups, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
             batches = [batch for loader in loaders for batch in loader.batches(position, steps=1)]
             trained += [row for batch in batches for row in batch.row_B.tolist() if row >= 0]
             position, step = loaders[0].after_step(position), step + 1
         assert sorted(trained) == list(range(loaders[0].num_rows))
-
-
-class RecordingLoader(Loader):
-    def __init__(self, *args, decoding=lambda: None, **options):
-        super().__init__(*args, **options)
-        self.decoded, self.decoding = [], decoding
-
-    def _decode(self, group):
-        self.decoded.append(group)
-        self.decoding()
-        return super()._decode(group)
-
-
-class TestReading:
-    @pytest.mark.parametrize("world_size", [1, 2, 4])
-    def test_each_rank_decodes_the_row_groups_of_its_lanes_once(self, tmp_path, world_size):
-        groups = write_log(tmp_path, [(24, 3), (12, 3)])
-        lanes = EpochOrder(groups, seed=5, epoch=0, shuffle=True, window=4).lanes
-        for rank in range(world_size):
-            loader = RecordingLoader(SCHEMA, groups, rank=rank, world_size=world_size, seed=5, shuffle=True, window=4, batch_size=4)
-            list(loader.batches())
-            own = lanes[rank * 4 // world_size : (rank + 1) * 4 // world_size]
-            assert sorted(loader.decoded) == sorted(group for lane in own for group in lane)
-
-    def test_a_bad_row_ends_reading_after_the_batches_before_it(self, tmp_path):
-        groups = write_log(tmp_path, [(8, 2), (8, 2)])
-        table = pq.read_table(groups[4].path)
-        pq.write_table(table.set_column(8, "click", pa.array([0] * 4 + [2] * 4)), tmp_path / "bad.parquet", 2)
-        groups = list_row_groups([groups[0].path, str(tmp_path / "bad.parquet")])
-        batches = Loader(SCHEMA, groups, rank=0, world_size=1, batch_size=2).batches()
-        assert [next(batches).row_B.tolist() for _ in range(6)] == [[row, row + 1] for row in range(0, 12, 2)]
-        with pytest.raises(InputError, match=r"bad\.parquet: row group 2: label 'click' .* holds 2"):
-            next(batches)
-        assert readers() == []
-
-    def test_a_reader_ends_when_it_is_exhausted_closed_or_forgotten(self, tmp_path):
-        loader = Loader(SCHEMA, write_log(tmp_path, [(40, 4)]), rank=0, world_size=1, batch_size=2)
-        exhausted, closed, forgotten = (loader.batches() for _ in range(3))
-        next(exhausted), next(closed), next(forgotten)
-        assert len(readers()) == 3
-        assert len(list(exhausted)) == 19
-        assert len(readers()) == 2
-        closed.close()
-        assert len(readers()) == 1
-        del forgotten
-        gc.collect()
-        assert readers() == []
-
-
-class Ahead:
-    """Counts what the thread has begun beyond what its consumer has asked for."""
-
-    def __init__(self):
-        self.begun = self.asked = self.most = 0
-        self.changed = threading.Condition()
-
-    def begin(self):
-        with self.changed:
-            self.begun += 1
-            self.most = max(self.most, self.begun - self.asked)
-            self.changed.notify()
-
-    def consume(self, items, depth):
-        """Take one item, wait for the thread to be `depth` ahead of it and go no further, then take the rest."""
-        with self.changed:
-            self.asked = 1
-        next(items)
-        with self.changed:
-            assert self.changed.wait_for(lambda: self.begun == 1 + depth, timeout=60)
-            assert not self.changed.wait_for(lambda: self.begun > 1 + depth, timeout=0.2)
-            self.asked = 2
-        for _ in items:
-            with self.changed:
-                self.asked += 1
-
-
-class TestReadingAhead:
-    @pytest.mark.parametrize("depth", [1, 2, 5])
-    def test_at_most_depth_items_are_computed_ahead(self, depth):
-        ahead = Ahead()
-
-        def items():
-            for item in range(200):
-                ahead.begin()
-                yield item
-
-        ahead.consume(in_background(items, depth), depth)
-        assert ahead.most == depth
-
-    def test_prefetch_is_the_depth(self, tmp_path):
-        groups, ahead = write_log(tmp_path, [(40, 1)]), Ahead()
-        loader = RecordingLoader(SCHEMA, groups, rank=0, world_size=1, batch_size=1, decoding=ahead.begin)
-        ahead.consume(loader.batches(), SCHEMA.data.prefetch)
-        assert ahead.most == SCHEMA.data.prefetch
-
-    def test_items_come_in_order_and_an_exception_after_them(self):
-        def items():
-            yield from range(9)
-            raise KeyError("from the thread")
-
-        received = in_background(items, 3)
-        assert [next(received) for _ in range(9)] == list(range(9))
-        with pytest.raises(KeyError, match="from the thread"):
-            next(received)

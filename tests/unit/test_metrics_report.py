@@ -64,6 +64,29 @@ class TestReport:
             "spent": close(joint_spent),
         }
 
+    def test_nulls_count_for_nothing_in_their_task_and_in_those_given_it(self, split):
+        (_, click, add, _), sides, scenario_N = split
+        random, none = np.random.default_rng(9), np.zeros(300, bool)
+        clicked, added = click.label_N == 1, (click.label_N == 1) & (add.label_N == 1)
+        nulls = {name: random.random(300) < 0.2 for name in ("click", "add", "spent")}
+        nulls["add"] &= clicked & ~nulls["click"]
+        nulls["spent"] &= added & ~nulls["click"] & ~nulls["add"]
+        # Where a label is null it is 0, and so is what it would decide.
+        masked = [
+            replace(task, null_N=nulls.get(task.name), label_N=np.where(nulls.get(task.name, none), 0, task.label_N)) for task in split[0]
+        ]
+        found = metrics.report(masked, **sides, scenario_N=scenario_N)
+        chains = {"click": ["click"], "add": ["add", "click"], "buy": ["buy", "add", "click"], "spent": ["spent", "add", "click"]}
+        for name, chain in chains.items():
+            known = ~np.logical_or.reduce([nulls.get(link, none) for link in chain])
+            assert 0 < known.sum() < 300
+            kept = [replace(task, prediction_N=task.prediction_N[known], label_N=task.label_N[known]) for task in split[0]]
+            alone = metrics.report(kept, **{key: column[known] for key, column in sides.items()}, scenario_N=scenario_N[known])
+            assert found["tasks"][name] == alone["tasks"][name]
+            assert {scenario: found["scenarios"][scenario][name] for scenario in alone["scenarios"]} == {
+                scenario: entry[name] for scenario, entry in alone["scenarios"].items()
+            }
+
     @pytest.mark.parametrize("values", [[3, -1, 2], ["c", "a", "b"], [None, "a", 7]])
     def test_scenarios_are_the_same_metrics_on_fewer_rows(self, split, values):
         tasks, sides, scenario_N = split

@@ -1,31 +1,44 @@
 """The order of an epoch deals every row once, whatever the ranks, and depends on nothing but seed, epoch, files and window."""
 
+from collections import Counter
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import groupby, pairwise, zip_longest
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triptych.datasets.row_groups import EpochOrder, RowGroup, fingerprint
+from triptych.datasets.row_groups import DataFile, EpochOrder, Slice, fingerprint
 
-many_examples = settings(deadline=None, max_examples=150)
+many_examples = settings(deadline=None, max_examples=80)
 world_sizes = st.integers(1, 4)
 batch_sizes = st.integers(1, 9)
 
 
+def file_named(name, folder="logs", size=100, digest="d"):
+    return DataFile(f"{folder}/{name}", name, size, digest)
+
+
 def row_groups(sizes):
-    """Row groups of these sizes, two a file."""
-    first_rows = np.cumsum([0, *sizes])
-    return [RowGroup(f"logs/part-{i // 2}.parquet", i % 2, int(first_rows[i]), size) for i, size in enumerate(sizes)]
+    """Row groups of these sizes, two a file; or where sizes are lists, of slices of these sizes."""
+    parts, first_row = [], 0
+    for i, size in enumerate(sizes):
+        start = 0
+        for rows in size if isinstance(size, list) else [size]:
+            parts.append(Slice(file_named(f"part-{i // 2}.parquet"), i % 2, start, first_row + start, rows))
+            start += rows
+        first_row += start
+    return parts
+
+
+cut_sizes = st.lists(st.one_of(st.integers(0, 9), st.lists(st.integers(0, 5), min_size=1, max_size=4)), max_size=8)
 
 
 @st.composite
 def orders(draw, shuffle=st.booleans()):
-    sizes = draw(st.lists(st.integers(0, 9), max_size=10))
     return EpochOrder(
-        row_groups(sizes),
+        row_groups(draw(cut_sizes)),
         seed=draw(st.integers(0, 2**40)),
         epoch=draw(st.integers(0, 5)),
         shuffle=draw(shuffle),
@@ -128,12 +141,34 @@ class TestLanes:
 
     @many_examples
     @given(orders(shuffle=st.just(True)))
-    def test_every_row_group_with_rows_is_in_one_lane_and_lanes_are_even(self, order):
-        lengths = [sum(group.rows for group in lane) for lane in order.lanes]
-        groups = [group for lane in order.lanes for group in lane]
+    def test_every_slice_with_rows_is_in_one_lane_and_lanes_are_even(self, order):
+        lengths = [sum(part.rows for part in lane) for lane in order.lanes]
+        parts = [part for lane in order.lanes for part in lane]
         assert order.lane_lengths.tolist() == lengths
-        assert len(set(groups)) == len(groups) and all(group.rows for group in groups)
-        assert max(lengths) - min(lengths) <= max((group.rows for group in groups), default=0)
+        assert len(set(parts)) == len(parts) and all(part.rows for part in parts)
+        groups = Counter()
+        for part in parts:
+            groups[part.file, part.row_group] += part.rows
+        assert max(lengths) - min(lengths) <= max(groups.values(), default=0)
+
+    @many_examples
+    @given(orders())
+    def test_slices_of_a_row_group_stay_together_and_in_order_in_one_lane(self, order):
+        of_lanes = [[(part.file, part.row_group) for part in lane] for lane in order.lanes]
+        seen = [group for lane in of_lanes for group, _ in groupby(lane)]
+        assert len(set(seen)) == len(seen)
+        for lane in order.lanes:
+            for before, after in pairwise(lane):
+                if (before.file, before.row_group) == (after.file, after.row_group):
+                    assert after.start == before.start + before.rows and after.first_row == before.first_row + before.rows
+
+    def test_cutting_row_groups_leaves_them_in_their_lanes(self):
+        options = {"seed": 3, "epoch": 1, "shuffle": True, "window": 3}
+        whole = EpochOrder(row_groups([9, 6, 7, 8]), **options)
+        cut = EpochOrder(row_groups([[4, 5], 6, [1, 2, 4], [8]]), **options)
+        assert [[(p.file, p.row_group) for p in lane] for lane in whole.lanes] == [
+            [group for group, _ in groupby((p.file, p.row_group) for p in lane)] for lane in cut.lanes
+        ]
 
     @given(st.integers(1, 12), st.integers(1, 12))
     def test_window_is_the_number_of_lanes_unless_there_are_fewer_row_groups(self, num_groups, window):
@@ -180,31 +215,33 @@ class TestOrder:
             assert sorted(np.unique([row // 7 for row in rows[start : start + 28]], return_counts=True)[1]) == [7, 7, 7, 7]
 
 
-FILES = {"a.parquet": [4, 3], "b.parquet": [5], "c.parquet": [2, 2]}
+FILES = {"a.parquet": (100, "x"), "day/b.parquet": (90, "y"), "other/b.parquet": (90, "z")}
 
 
 class TestFingerprint:
-    def of(self, files, folder="logs"):
-        numbered = [(name, number, rows) for name, sizes in files.items() for number, rows in enumerate(sizes)]
-        first_rows = np.cumsum([0, *(rows for _, _, rows in numbered)])
-        return fingerprint(
-            [RowGroup(f"{folder}/{name}", number, int(first_rows[i]), rows) for i, (name, number, rows) in enumerate(numbered)]
-        )
+    def of(self, files, folder="logs", row_groups=2, slices=1):
+        parts = [
+            Slice(file_named(name, folder, size, digest), number, 10 * i, 0, 10)
+            for name, (size, digest) in files.items()
+            for number in range(row_groups)
+            for i in range(slices)
+        ]
+        return fingerprint(parts)
 
-    def test_it_stays_when_the_folder_moves(self):
-        assert self.of(FILES) == self.of(FILES, folder="/elsewhere/logs")
+    def test_it_stays_when_the_folder_moves_and_when_memory_cuts_row_groups(self):
+        assert self.of(FILES) == self.of(FILES, folder="/elsewhere/logs") == self.of(FILES, slices=3)
 
     @pytest.mark.parametrize(
         "files",
         [
-            pytest.param({**FILES, "d.parquet": [1]}, id="added"),
-            pytest.param({name: sizes for name, sizes in FILES.items() if name != "b.parquet"}, id="removed"),
-            pytest.param({"a.parquet": [4, 3], "z.parquet": [5], "c.parquet": [2, 2]}, id="renamed"),
-            pytest.param({**FILES, "a.parquet": [3, 4]}, id="cut elsewhere"),
-            pytest.param({**FILES, "a.parquet": [7]}, id="cut less"),
-            pytest.param({**FILES, "b.parquet": [4]}, id="a row less"),
-            pytest.param({"b.parquet": [5], "a.parquet": [4, 3], "c.parquet": [2, 2]}, id="in another order"),
-            pytest.param({"a.parquet": [4], "b.parquet": [3, 5], "c.parquet": [2, 2]}, id="a row group in another file"),
+            pytest.param({**FILES, "d.parquet": (1, "")}, id="added"),
+            pytest.param({name: file for name, file in FILES.items() if name != "a.parquet"}, id="removed"),
+            pytest.param({"z.parquet" if name == "a.parquet" else name: file for name, file in FILES.items()}, id="renamed"),
+            pytest.param({**FILES, "a.parquet": (100, "X")}, id="another footer"),
+            pytest.param({**FILES, "a.parquet": (101, "x")}, id="another size"),
+            pytest.param(dict(reversed(FILES.items())), id="in another order"),
+            pytest.param({**FILES, "day/b.parquet": (90, "z"), "other/b.parquet": (90, "y")}, id="swapped between folders"),
+            pytest.param({name.replace("other", "more"): file for name, file in FILES.items()}, id="in another folder"),
         ],
     )
     def test_it_changes_when_files_change(self, files):

@@ -44,14 +44,46 @@ def synth(
         world = World(rows=rows, seed=seed, **sizes)
     except ValueError as error:
         raise InputError(str(error)) from error
-    console = Console()
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    with _progress() as bar:
         task = bar.add_task("synth", total=rows)
         try:
             counts = write_world(world, out, lambda done, total: bar.update(task, completed=done, total=total))
         except OSError as error:
             raise InputError(f"{out}: cannot write there ({error.strerror})") from error
     print(f"{out}: {', '.join(f'{name} {count:,}' for name, count in counts.items())}")
+
+
+@app.command()
+def prepare(
+    name: Annotated[str, typer.Argument(help="kuairand, aliccp, aliexpress or census", show_default=False)],
+    source: Annotated[Path, typer.Option(help="folder of the raw files, in their official layout", show_default=False)],
+    out: Annotated[Path, typer.Option(help="folder to write", show_default=False)],
+) -> None:
+    """Turn a public log into parquet files that the bundled recipe of its name trains on."""
+    from ..datasets.prepare.catalogue import prepare as prepare_log
+
+    with _progress() as bar:
+        task = bar.add_task(f"prepare {name}", total=None)
+        try:
+            counts = prepare_log(name, source, out, lambda done, total: bar.update(task, completed=done, total=total))
+        except OSError as error:
+            raise InputError(f"{error.filename or out}: {error.strerror or error}") from error
+    print(f"{out}: {', '.join(f'{name} {count:,}' for name, count in counts.items())}")
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(help="parquet file, folder or glob, or a URL of one", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="write the recipe here")] = None,
+    json: Annotated[Path | None, typer.Option(help="write the profile here")] = None,
+) -> None:
+    """Profile parquet data in one pass, and suggest a recipe."""
+    from .inspect import inspect as profile
+
+    for file in (out, json):
+        if file is not None:
+            _check_output(file)
+    profile(path, out, json)
 
 
 @app.command()
@@ -119,11 +151,12 @@ def search(
     user: Annotated[str, typer.Option(help="user id", show_default=False)],
     k: Annotated[int, typer.Option("-k", "--k", min=1, help="number of items")] = 10,
     json: Annotated[bool, typer.Option("--json", help="one JSON line instead of a table")] = False,
+    key_file: Annotated[Path | None, typer.Option(help="secret of the user table, where the export holds hashed ids")] = None,
 ) -> None:
     """The k items whose vectors have the largest inner product with a user's."""
     from .search import search as best_items
 
-    found = best_items(index, user, k)
+    found = best_items(index, user, k, key_file)
     if json:
         print(jsonlib.dumps([{"item": item, "score": score} for item, score in found]))
         return
@@ -143,6 +176,11 @@ def demo(
     from .demo import demo as whole_line
 
     whole_line(run, rows, ranks)
+
+
+def _progress() -> Progress:
+    console = Console(stderr=True)
+    return Progress(console=console, transient=True, disable=not console.is_terminal)
 
 
 def _check_run(run: Path) -> None:

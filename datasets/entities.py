@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .decode import plain_column
-from .files import list_slices, open_file, read_slices
+from .parquet.decode import plain_column
+from .parquet.files import list_slices, open_file, read_slices
 from .schema import InputError, Schema
 
 ROW_GROUP_ROWS = 20_000

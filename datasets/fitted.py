@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .layout import ColumnTypes
+from .parquet.layout import ColumnTypes
 from .schema import Feature, InputError, Schema
 
 UNSEEN_ROW = 0

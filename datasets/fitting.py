@@ -9,11 +9,11 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from .decode import plain_column, raw_ids, raw_numbers
-from .files import Listing, SliceReader, may_skip
 from .fitted import Fitted, Moments, Quantiles, Vocabulary, read_keys, vocabulary_tables
 from .ids import id_codes, mix
-from .layout import is_text
+from .parquet.decode import plain_column, raw_ids, raw_numbers
+from .parquet.files import Listing, SliceReader, may_skip
+from .parquet.layout import is_text
 from .row_groups import Slice
 from .schema import Feature, InputError, Schema, TableIds
 

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from .fitted import Fitted
-from .layout import is_text
+from .parquet.layout import is_text
 from .schema import Feature, InputError, TableIds
 
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)

@@ -16,11 +16,11 @@ import numpy as np
 
 from .batch import Batch
 from .columns import Columns, Part, empty_columns, to_batch
-from .decode import Decoder
-from .files import SliceReader
+from .parquet.decode import Decoder
+from .parquet.files import SliceReader
 from .row_groups import EpochOrder, LaneRange, ReadingPosition, Slice, fingerprint
 from .schema import InputError
-from .storage import StorageError
+from .storage.access import StorageError
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import tomli_w
 from pydantic import BaseModel, ValidationError, model_validator
 
 from ..datasets.schema import DataSection, Feature, InputError, Schema, Section, nearest
-from ..datasets.storage import absolute
+from ..datasets.storage.access import absolute
 from ..embeddings.tables import EmbeddingTable
 from ..mmoe.balance import BalanceSection
 from ..mmoe.heads import Task

@@ -21,11 +21,11 @@ import torch.distributed as dist  # noqa: E402
 import typer  # noqa: E402
 
 from ..datasets.batch import Batch  # noqa: E402
-from ..datasets.decode import Decoder  # noqa: E402
 from ..datasets.entities import write_entities  # noqa: E402
-from ..datasets.files import list_slices  # noqa: E402
 from ..datasets.fitted import Fitted  # noqa: E402
 from ..datasets.ids import hashed_ids  # noqa: E402
+from ..datasets.parquet.decode import Decoder  # noqa: E402
+from ..datasets.parquet.files import list_slices  # noqa: E402
 from ..datasets.schema import Feature, InputError  # noqa: E402
 from ..embeddings.index import save_index  # noqa: E402
 from ..embeddings.vectors import read_all, write_part  # noqa: E402
@@ -56,7 +56,17 @@ def exported_ids(ids: pa.Array, feature: Feature, fitted: Fitted) -> pa.Array:
 
 
 def export_side(side: str, recipe: Recipe, built: Built, fitted: Fitted, ranks: Ranks, out: Path) -> int:
-    """Write the vectors of every user, or of every item. Collective.
+    """Write the vectors of every user, or of every item; returns their number. Collective."""
+    entities = out / f"{side}s_rows.parquet"
+    try:
+        return _export_entities(side, recipe, built, fitted, ranks, out, entities)
+    finally:
+        if ranks.is_first:
+            entities.unlink(missing_ok=True)  # it holds raw ids
+
+
+def _export_entities(side: str, recipe: Recipe, built: Built, fitted: Fitted, ranks: Ranks, out: Path, entities: Path) -> int:
+    """Write one row an entity to `entities`, and its vector below `out`.
 
     Returns:
         The number of entities.
@@ -67,7 +77,6 @@ def export_side(side: str, recipe: Recipe, built: Built, fitted: Fitted, ranks: 
     source = data.items if side == "item" and data.items else data.train
     if source is None:
         raise InputError(f"the recipe has no data.train to take {side}s from")
-    entities = out / f"{side}s_rows.parquet"
     if ranks.is_first:
         write_entities(schema, split_files(schema, source), id_feature, entities)
     dist.barrier()
@@ -80,9 +89,7 @@ def export_side(side: str, recipe: Recipe, built: Built, fitted: Fitted, ranks: 
     ids = pq.read_table(entities, columns=[schema.feature(id_feature).column]).column(0).combine_chunks()
     ids = exported_ids(ids, schema.feature(id_feature), fitted)
     write_part(out / f"{side}s", ranks.rank, id_feature, ids.take(row_R[real].numpy()), vector_RD[real].numpy())
-    dist.barrier()
-    if ranks.is_first:
-        entities.unlink()
+    dist.barrier()  # before the file goes
     return loader.num_rows
 
 

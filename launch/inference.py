@@ -13,15 +13,15 @@ import torch.distributed as dist
 from torch import nn
 
 from ..datasets.batch import Batch
-from ..datasets.decode import Decoder, Labels, label_columns, plain_column
-from ..datasets.files import Listing, list_slices, read_slices
 from ..datasets.fitted import Fitted
 from ..datasets.ids import string_codes
-from ..datasets.layout import ColumnTypes, is_moment, is_text
 from ..datasets.loader import Loader
+from ..datasets.parquet.decode import Decoder, Labels, label_columns, plain_column
+from ..datasets.parquet.files import Listing, list_slices, read_slices
+from ..datasets.parquet.layout import ColumnTypes, is_moment, is_text
 from ..datasets.row_groups import Slice
 from ..datasets.schema import Feature, InputError, Schema
-from ..datasets.storage import find_files, is_there
+from ..datasets.storage.access import find_files, is_there
 from ..mmoe.heads import Task
 from ..mmoe.metrics import TaskColumns, report
 from .config import Recipe

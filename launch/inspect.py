@@ -24,7 +24,7 @@ from ..datasets.profile.profile import SAMPLE_ROWS, Profile, profile_files
 from ..datasets.profile.recipe_text import recipe_text
 from ..datasets.profile.suggest import Suggestion, suggest
 from ..datasets.schema import InputError
-from ..datasets.storage import find_files
+from ..datasets.storage.access import find_files
 from .console import SECONDS_BETWEEN_LINES
 
 _SPLITS = {

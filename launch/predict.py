@@ -12,9 +12,9 @@ import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 import typer  # noqa: E402
 
-from ..datasets.decode import Decoder  # noqa: E402
-from ..datasets.files import list_slices  # noqa: E402
 from ..datasets.fitted import Fitted  # noqa: E402
+from ..datasets.parquet.decode import Decoder  # noqa: E402
+from ..datasets.parquet.files import list_slices  # noqa: E402
 from .console import ProgressLines, say  # noqa: E402
 from .distributed import process_group, run_rank  # noqa: E402
 from .inference import entity_loader, given_files, predict_rows  # noqa: E402

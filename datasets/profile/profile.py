@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from ..files import first_line, open_file
+from ..parquet.files import first_line, open_file
 from ..schema import InputError, nearest
 from .columns import ColumnProfile, ColumnTally, common_kind, kind_of
 from .sample import RowSample

@@ -23,10 +23,10 @@ from rich.console import Console
 from rich.table import Table
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-from triptych.datasets.decode import Decoder
-from triptych.datasets.files import list_slices
 from triptych.datasets.fitted import Fitted
 from triptych.datasets.loader import Loader
+from triptych.datasets.parquet.decode import Decoder
+from triptych.datasets.parquet.files import list_slices
 from triptych.launch.build import build
 from triptych.launch.config import Recipe
 from triptych.launch.distributed import process_group

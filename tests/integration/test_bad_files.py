@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.small import RECIPE, rows
-from triptych.datasets.files import list_slices
+from triptych.datasets.parquet.files import list_slices
 from triptych.launch import cli
 from triptych.launch.config import load_recipe
 from triptych.launch.distributed import process_group

@@ -18,9 +18,10 @@ import pytest
 
 from tests.s3_server import BUCKET, CuttingProxy, free_port, serve_s3, upload, use
 from tests.small import write_log
-from triptych.datasets import filesystems, storage
 from triptych.datasets.schema import InputError
-from triptych.datasets.storage import StorageError, find_files, is_there, open_input, size_of, with_retries
+from triptych.datasets.storage import access as storage
+from triptych.datasets.storage import filesystems
+from triptych.datasets.storage.access import StorageError, find_files, is_there, open_input, size_of, with_retries
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_SECONDS = 180
@@ -31,7 +32,7 @@ FILE = f"{LOG}/a.parquet"
 READ_ON_WHILE_ENDING = """
 import sys, threading
 import pyarrow.parquet as pq
-from triptych.datasets.storage import open_input
+from triptych.datasets.storage.access import open_input
 started = threading.Barrier(4)
 def read():
     file = pq.ParquetFile(open_input(sys.argv[1]), pre_buffer=True)

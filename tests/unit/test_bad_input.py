@@ -26,10 +26,10 @@ from tests.bad_log import (
     untouched,
     without,
 )
-from triptych.datasets.decode import Decoder
-from triptych.datasets.files import list_slices
 from triptych.datasets.fitted import Fitted
 from triptych.datasets.loader import Loader
+from triptych.datasets.parquet.decode import Decoder
+from triptych.datasets.parquet.files import list_slices
 from triptych.datasets.row_groups import ReadingPosition
 from triptych.datasets.schema import InputError
 

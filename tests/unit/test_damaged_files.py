@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triptych.datasets.decode import Decoder
-from triptych.datasets.files import SliceReader, list_slices
 from triptych.datasets.fitted import Fitted
 from triptych.datasets.loader import Loader
-from triptych.datasets.pages import check_lists, check_pages, page_header
+from triptych.datasets.parquet.decode import Decoder
+from triptych.datasets.parquet.files import SliceReader, list_slices
+from triptych.datasets.parquet.pages import check_lists, check_pages, page_header
 from triptych.datasets.row_groups import Slice
 from triptych.datasets.schema import DataSection, Feature, InputError, Label, Schema, TableIds
 

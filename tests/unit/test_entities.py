@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from triptych.datasets import entities
 from triptych.datasets.entities import write_entities
-from triptych.datasets.files import list_slices
+from triptych.datasets.parquet.files import list_slices
 from triptych.datasets.schema import DataSection, Feature, InputError, Label, Schema, TableIds
 
 some_examples = settings(deadline=None, max_examples=60)

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from triptych.datasets.files import list_slices, open_file, read_slices
+from triptych.datasets.parquet.files import list_slices, open_file, read_slices
 from triptych.datasets.row_groups import Slice
 from triptych.datasets.schema import DataSection, Feature, InputError, Label, Schema, TableIds
 

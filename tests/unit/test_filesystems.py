@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from triptych.datasets.filesystems import is_url
 from triptych.datasets.schema import InputError
-from triptych.datasets.storage import absolute, find_files, is_there, open_input, size_of
+from triptych.datasets.storage.access import absolute, find_files, is_there, open_input, size_of
+from triptych.datasets.storage.filesystems import is_url
 
 
 def refusal(function, *args):

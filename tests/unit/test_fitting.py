@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.small import as_lists
-from triptych.datasets.decode import Decoder
-from triptych.datasets.files import Listing, list_slices, read_slices
 from triptych.datasets.fitted import Fitted
 from triptych.datasets.fitting import NUM_QUANTILES, gather, joined, needs_fitting
 from triptych.datasets.ids import string_codes
+from triptych.datasets.parquet.decode import Decoder
+from triptych.datasets.parquet.files import Listing, list_slices, read_slices
 from triptych.datasets.schema import DataSection, Feature, InputError, Label, Schema, TableIds
 
 TABLES = (TableIds(name="word", rows=9, ids="vocabulary", min_count=2), TableIds(name="item", rows=6, ids="vocabulary"))

@@ -15,9 +15,9 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from tests.s3_server import CuttingProxy
-from triptych.datasets import storage
 from triptych.datasets.schema import InputError
-from triptych.datasets.storage import StorageError, find_files, is_there, open_input, size_of, with_retries
+from triptych.datasets.storage import access as storage
+from triptych.datasets.storage.access import StorageError, find_files, is_there, open_input, size_of, with_retries
 
 TABLE = pa.table({"user": [f"user {i * 7919 % 10007}" for i in range(20_000)]})
 FILES = ["a.parquet", "day/b.parquet", "day/more/c.parquet"]

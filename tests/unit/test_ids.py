@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triptych.datasets.decode import plain_column
 from triptych.datasets.fitted import Fitted
 from triptych.datasets.ids import bucketise, mix, string_codes, table_rows
+from triptych.datasets.parquet.decode import plain_column
 from triptych.datasets.schema import Feature, InputError, TableIds
 
 many_examples = settings(deadline=None, max_examples=150)

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from triptych.datasets.decode import Decoder
-from triptych.datasets.files import list_slices
 from triptych.datasets.fitted import Fitted
 from triptych.datasets.loader import Loader, Tally
+from triptych.datasets.parquet.decode import Decoder
+from triptych.datasets.parquet.files import list_slices
 from triptych.datasets.row_groups import EpochOrder, ReadingPosition
 from triptych.datasets.schema import DataSection, Feature, Label, Schema, TableIds
 

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from triptych.datasets.decode import Decoder
-from triptych.datasets.files import list_slices
 from triptych.datasets.fitted import Fitted
 from triptych.datasets.ids import table_rows
 from triptych.datasets.loader import Loader
+from triptych.datasets.parquet.decode import Decoder
+from triptych.datasets.parquet.files import list_slices
 from triptych.datasets.row_groups import EpochOrder, ReadingPosition
 from triptych.datasets.schema import DataSection, Feature, Label, Schema, TableIds
 

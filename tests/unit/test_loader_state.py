@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.unit.test_loader import SCHEMA, loader_of, schema_with, write_log
-from triptych.datasets.files import list_slices
 from triptych.datasets.loader import Tally
+from triptych.datasets.parquet.files import list_slices
 from triptych.datasets.row_groups import ReadingPosition
 from triptych.datasets.schema import InputError
 

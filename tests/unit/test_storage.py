@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.s3_server import BUCKET, serve_s3, upload, use
-from triptych.datasets import storage
 from triptych.datasets.schema import InputError
-from triptych.datasets.storage import find_files, is_there, open_input, size_of, with_retries
+from triptych.datasets.storage import access as storage
+from triptych.datasets.storage.access import find_files, is_there, open_input, size_of, with_retries
 
 TABLE = pa.table({"user": [f"user {i * 7919 % 10007}" for i in range(40_000)], "price": [i / 3 for i in range(40_000)]})
 LOG = f"s3://{BUCKET}/log"

@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .columns import Columns, Jagged, unlabelled
-from .fitted import Fitted
-from .ids import bucketise, table_rows
-from .schema import Feature, InputError, Label, Schema
+from ..columns import Columns, Jagged, unlabelled
+from ..fitted import Fitted
+from ..ids import bucketise, table_rows
+from ..schema import Feature, InputError, Label, Schema
 
 _BLOCK_ROWS = 1 << 12
 _LARGEST = float(np.finfo(np.float32).max)

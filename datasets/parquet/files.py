@@ -11,12 +11,12 @@ from functools import lru_cache
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..row_groups import DataFile, Slice
+from ..schema import InputError, Schema
+from ..storage.access import StorageError, is_url, open_input, with_retries
 from .chunks import chunks, leaves
 from .layout import ColumnTypes, check_columns
 from .pages import check_lists, check_pages
-from .row_groups import DataFile, Slice
-from .schema import InputError, Schema
-from .storage import StorageError, is_url, open_input, with_retries
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from .schema import Feature, InputError, Schema, nearest
+from ..schema import Feature, InputError, Schema, nearest
 
 WANTED = {"id": "integers or strings", "ids": "lists of integers or strings", "dense": "numbers", "vector": "lists of numbers"}
 NOTHING = "nothing"

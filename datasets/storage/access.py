@@ -17,8 +17,8 @@ from typing import TypeVar
 import pyarrow as pa
 import pyarrow.fs as fs
 
+from ..schema import InputError, nearest
 from .filesystems import CREDENTIALS, OPTIONS, Place, check_scheme, is_url, parse, place_of
-from .schema import InputError, nearest
 
 TRIES = 5
 FIRST_WAIT_SECONDS = 0.25

@@ -24,13 +24,13 @@ import fsspec
 import pyarrow as pa
 import pyarrow.fs as fs
 
-from .schema import InputError, nearest
+from ..schema import InputError, nearest
 
 CONNECT_SECONDS = 2.0
 SILENT_SECONDS = 3.0
 """A server that sends nothing for as long is given up."""
 CLIENT_ATTEMPTS = 1
-"""Of the S3 client for one request. Trying again is `storage.with_retries`' part, which says so in the log."""
+"""Of the S3 client for one request. Trying again is `access.with_retries`' part, which says so in the log."""
 
 OPTIONS = {"s3": ("region", "scheme", "endpoint_override", "anonymous"), "gs": ("scheme", "endpoint_override", "anonymous")}
 OTHER_NAMES = {"s3a": "s3", "s3n": "s3", "gcs": "gs"}

@@ -13,6 +13,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
 from .batch import Batch
 from .columns import Columns, Part, empty_columns, to_batch
@@ -216,7 +217,7 @@ class Loader:
         if workers == 0:
             yield from self._batches(order, position.row, None)
             return
-        executor = ThreadPoolExecutor(workers, thread_name_prefix="decoder")
+        executor = ThreadPoolExecutor(workers, thread_name_prefix="decoder", initializer=_leave_the_cores_to_training)
         try:
             yield from self._batches(order, position.row, executor)
         finally:
@@ -245,6 +246,11 @@ class Loader:
         return to_batch(parts, self.schema.id_feature_names)
 
 
+def _leave_the_cores_to_training() -> None:
+    """For the calling thread alone. With threads of their own, torch's operations here would make OpenMP's in training sleep, not spin."""
+    torch.set_num_threads(1)
+
+
 def in_background(make: Callable[[], Iterator[T]], depth: int) -> Iterator[T]:
     """What `make()` yields, computed in a thread at most `depth` items ahead; its exceptions are raised here."""
     ahead: queue.SimpleQueue[tuple[str, T | BaseException | None]] = queue.SimpleQueue()
@@ -253,6 +259,7 @@ def in_background(make: Callable[[], Iterator[T]], depth: int) -> Iterator[T]:
     stopped = threading.Event()
 
     def work() -> None:
+        _leave_the_cores_to_training()
         try:
             room.acquire()
             for item in make():

@@ -12,6 +12,7 @@ from ..columns import Columns, Jagged, unlabelled
 from ..fitted import Fitted
 from ..ids import bucketise, table_rows
 from ..schema import Feature, InputError, Label, Schema
+from .layout import list_offsets
 
 _BLOCK_ROWS = 1 << 12
 _LARGEST = float(np.finfo(np.float32).max)
@@ -155,15 +156,6 @@ def label_columns(schema: Schema) -> list[str]:
     return [label.label for label in schema.labels] + ([schema.data.weight] if schema.data.weight else [])
 
 
-def _offsets(lists: pa.Array) -> np.ndarray:
-    """int32 or int64 [N + 1], from 0 on; a null list is empty."""
-    if lists.null_count or pa.types.is_fixed_size_list(lists.type):
-        lengths_N = pc.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False)
-        return np.concatenate([[0], np.cumsum(lengths_N, dtype=np.int64)])
-    offsets_N1 = lists.offsets.to_numpy()
-    return offsets_N1 if offsets_N1[0] == 0 else offsets_N1 - offsets_N1[0]
-
-
 class Decoder:
     """Decodes the slices of one split.
 
@@ -222,7 +214,7 @@ class Decoder:
         rows = table_rows(raw_ids(values, feature, where), feature, self.schema.table(feature.table), self.fitted, where)
         if feature.kind == "id":
             return Jagged(rows)
-        jagged = Jagged(rows, _offsets(values))
+        jagged = Jagged(rows, list_offsets(values))
         return jagged if feature.max_length is None else jagged.last(feature.max_length)
 
     def _dense(self, values: pa.Array, feature: Feature, where: str) -> np.ndarray:

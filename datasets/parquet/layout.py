@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ..schema import Feature, InputError, Schema, nearest
 
@@ -28,6 +30,15 @@ def is_moment(kind: pa.DataType) -> bool:
 
 def is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def list_offsets(lists: pa.Array) -> np.ndarray:
+    """int32 or int64 [N + 1], from 0 on; a null list is empty."""
+    if lists.null_count or pa.types.is_fixed_size_list(lists.type):
+        lengths_N = pc.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False)
+        return np.concatenate([[0], np.cumsum(lengths_N, dtype=np.int64)])
+    offsets_N1 = lists.offsets.to_numpy()
+    return offsets_N1 if offsets_N1[0] == 0 else offsets_N1 - offsets_N1[0]
 
 
 def is_number(kind: pa.DataType) -> bool:

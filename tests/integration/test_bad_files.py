@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.command import succeeds, triptych
 from tests.small import RECIPE, rows
 from triptych.datasets.parquet.files import list_slices
 from triptych.launch import cli
@@ -25,22 +23,8 @@ from triptych.launch.inference import Predictions, evaluate_rows
 from triptych.launch.run_folder import read_recipe
 from triptych.launch.trainer import Trainer
 
-ROOT = Path(__file__).parents[2]
-TIMEOUT_SECONDS = 180
 GROUP_ROWS = 150
 SKIP = "data.on_bad_file=skip"
-
-
-def triptych(*args: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "triptych.launch.cli", *map(str, args)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, cwd=ROOT.parent, env=env, check=False)
-
-
-def succeeds(*args: object) -> str:
-    done = triptych(*args)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
 
 
 def log_rows(count: int, seed: int) -> pa.Table:

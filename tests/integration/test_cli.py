@@ -15,34 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.command import ROOT, TIMEOUT_SECONDS, refused, succeeds, triptych
 from tests.small import rows, write_log
 from triptych.embeddings.vectors import read_all
 from triptych.launch import cli
 from triptych.launch.console import PROGRESS
 from triptych.mmoe.metrics import auc
-
-ROOT = Path(__file__).parents[2]
-TIMEOUT_SECONDS = 180
-
-
-def triptych(*args: object) -> subprocess.CompletedProcess[str]:
-    """Run a command in a process of its own, from another folder than the checkout's."""
-    command = [sys.executable, "-m", "triptych.launch.cli", *map(str, args)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, cwd=ROOT.parent, env=env, check=False)
-
-
-def succeeds(*args: object) -> str:
-    done = triptych(*args)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def refused(done: subprocess.CompletedProcess[str]) -> str:
-    """The one line of a command that found its input wrong."""
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("triptych: "), done.stderr
-    return done.stderr
 
 
 @pytest.fixture(scope="module")

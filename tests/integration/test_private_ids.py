@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.integration.test_cli import refused, succeeds, triptych
+from tests.command import refused, succeeds, triptych
 from tests.small import rows, write_log
 
 NAMES = np.array([f"person-{number:03d}-of-the-log" for number in range(200)])

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.command import ROOT, succeeds
 from tests.s3_server import BUCKET, CuttingProxy, free_port, serve_s3, upload, use
 from tests.small import write_log
 from triptych.datasets.schema import InputError
@@ -23,7 +24,6 @@ from triptych.datasets.storage import access as storage
 from triptych.datasets.storage import filesystems
 from triptych.datasets.storage.access import StorageError, find_files, is_there, open_input, size_of, with_retries
 
-ROOT = Path(__file__).parents[2]
 TIMEOUT_SECONDS = 180
 TABLE = pa.table({"user": [f"user {i * 7919 % 10007}" for i in range(80_000)], "price": [i / 3 for i in range(80_000)]})
 GROUP_ROWS = 20_000
@@ -204,11 +204,7 @@ def test_a_training_from_s3_equals_one_from_disk(server: int, tmp_path: Path, mo
     upload(server, tmp_path / "log", "small")
     roots = {"disk": str(tmp_path / "log"), "s3": f"s3://{BUCKET}/small?endpoint_override=127.0.0.1:{server}&scheme=http"}
     for name, root in roots.items():
-        args = ["train", "--recipe", recipe, "--run", tmp_path / name, "--ranks", 2, "--set", f"data.root={root}"]
-        command = [sys.executable, "-m", "triptych.launch.cli", *map(str, args)]
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, cwd=ROOT.parent, env=env, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
+        succeeds("train", "--recipe", recipe, "--run", tmp_path / name, "--ranks", 2, "--set", f"data.root={root}")
     assert len(losses(tmp_path / "disk")) > 2 and losses(tmp_path / "disk") == losses(tmp_path / "s3")
     result_disk, result_s3 = (json.loads((tmp_path / name / "result.json").read_text()) for name in roots)
     assert result_disk["tasks"] == result_s3["tasks"]

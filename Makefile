@@ -1,6 +1,6 @@
 # make demo     everything once, from nothing: set-up, data, training on two ranks, evaluation, export, search
-# make test     set-up and all tests            make lint    format, lint and types
-# make test-long  the campaigns too                make bench   speed of reading, as ratios
+# make test     set-up and the tests            make lint    format, lint and types
+# make test-long  the campaigns too             make bench   how fast reading is, as ratios
 # make install  set-up alone; DEVICE=cuda on a GPU machine
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-long bench lint format clean

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .parquet.decode import plain_column
-from .parquet.files import list_slices, open_file, read_slices
-from .schema import InputError, Schema
+from .fitted import Fitted
+from .ids import keyed_codes, whole_ids
+from .parquet.decode import Decoder, plain_column
+from .parquet.files import may_skip, open_file, read_slices
+from .parquet.listing import list_slices
+from .row_groups import Slice
+from .schema import Feature, InputError, Schema
+
+logger = logging.getLogger(__name__)
 
 ROW_GROUP_ROWS = 20_000
 
@@ -33,34 +40,54 @@ def _joined(held: pa.Table | None, table: pa.Table, where: str) -> pa.Table:
         raise InputError(f"{where}: columns do not fit those of the rows before ({error})") from error
 
 
-def write_entities(schema: Schema, paths: list[str], id_feature: str, out: Path) -> int:
+def write_entities(schema: Schema, fitted: Fitted, paths: list[str], id_feature: str, out: Path) -> int:
     """Write the newest row of each entity, with every column of the id feature's side, to one parquet file.
 
-    Reads slice by slice; memory is bounded by the number of entities.
+    Reads slice by slice; memory is bounded by the number of entities. Entities are sorted by id, or where their table has a key, by
+    the hash of it: a place must not tell an id.
 
     Returns:
         The number of entities.
     Raises:
-        InputError: null ids, or a column that is not there.
+        InputError: null ids, a column that is not there, rows that cannot be decoded; with `on_bad_file = "skip"` such slices are left
+            out.
     """
-    side, id_column = schema.feature(id_feature).side, schema.feature(id_feature).column
-    others = [feature.name for feature in schema.features if feature.side != side]
-    listing = list_slices(schema, paths, labels=False, skip_features=others)
+    feature = schema.feature(id_feature)
+    others = [other.name for other in schema.features if other.side != feature.side]
+    listing = list_slices(schema, paths, labels=False, skip_features=others, types=fitted.types.copy())
     first = open_file(listing.slices[0].file.path)
     time = schema.data.time if schema.data.time in first.schema_arrow.names else None
-    columns = list(dict.fromkeys([f.column for f in schema.features if f.side == side] + ([time] if time else [])))
+    decoder = Decoder(schema, fitted, labels=False, skip_features=others)
+    columns = list(dict.fromkeys(decoder.columns + ([time] if time else [])))
     held: pa.Table | None = None
     for part, table in read_slices(schema, listing.slices, columns):
-        where = str(part)
-        missing = [column for column in columns if column not in table.column_names]
-        if missing:
-            raise InputError(f"{where}: no column '{missing[0]}', which side '{side}' needs")
-        if table.column(id_column).null_count:
-            raise InputError(f"{where}: column '{id_column}' has {table.column(id_column).null_count} nulls; an entity needs an id")
+        try:
+            _check(table, feature, decoder, part, columns)
+        except InputError as error:
+            if not may_skip(schema, error):
+                raise
+            logger.warning("skipped %d rows: %s", part.rows, error)
+            continue
         plain = pa.table({column: plain_column(table, column) for column in columns})
-        held = _newest_of_each(_joined(held, plain, where), id_column, time)
+        held = _newest_of_each(_joined(held, plain, str(part)), feature.column, time)
     if held is None:
         raise InputError(f"{', '.join(paths)}: no row could be read")
+    key = fitted.keys.get(str(feature.table))
+    if key is None:
+        held = held.sort_by(feature.column)
+    else:
+        held = held.take(pa.array(np.argsort(keyed_codes(whole_ids(plain_column(held, feature.column)), key))))
     out.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(held.sort_by(id_column), out, row_group_size=ROW_GROUP_ROWS, compression="zstd", write_page_checksum=True)
+    pq.write_table(held, out, row_group_size=ROW_GROUP_ROWS, compression="zstd", write_page_checksum=True)
     return len(held)
+
+
+def _check(table: pa.Table, feature: Feature, decoder: Decoder, part: Slice, columns: list[str]) -> None:
+    """The rows have ids and can be decoded. Only slices of good rows go on: in the file of entities a bad row would spoil others."""
+    missing = [column for column in columns if column not in table.column_names]
+    if missing:
+        raise InputError(f"{part}: no column '{missing[0]}', which side '{feature.side}' needs")
+    nulls = table.column(feature.column).null_count
+    if nulls:
+        raise InputError(f"{part}: column '{feature.column}' has {nulls} nulls; an entity needs an id")
+    decoder.decode(table, str(part), part.first_row)

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .parquet.layout import ColumnTypes
-from .schema import Feature, InputError, Schema
+from .schema import Feature, InputError, Schema, TableIds
 
 UNSEEN_ROW = 0
 """Of a vocabulary table: stands for values that training did not see, or saw too seldom."""
@@ -45,8 +45,8 @@ class Quantiles:
     shares_D: list[np.ndarray]
 
     def apply(self, number_ND: np.ndarray) -> np.ndarray:
-        """Linear between the known values; 0 to 1."""
-        columns = [np.interp(number_ND[:, d], self.values_D[d], self.shares_D[d]) for d in range(number_ND.shape[1])]
+        """Linear between the known values; 0 below them all, 1 above."""
+        columns = [np.interp(number_ND[:, d], self.values_D[d], self.shares_D[d], 0.0, 1.0) for d in range(number_ND.shape[1])]
         return np.stack(columns, axis=1)
 
 
@@ -167,10 +167,12 @@ class Fitted:
                 read_keys(schema),
             )
             checks = content["keys"]
-        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
             if isinstance(error, InputError):
                 raise
-            raise InputError(f"{path.parent}: cannot read what the run fitted to its training files ({error})") from error
+            raise InputError(
+                f"{path.parent}: cannot read what the run fitted to its training files ({error}); restore it, or train another run"
+            ) from error
         check_keys(fitted.keys, checks, path)
         return fitted
 
@@ -180,7 +182,7 @@ def _read_vocabulary(path: Path) -> Vocabulary:
     return Vocabulary(table.column("code").to_numpy(), table.column("count").to_numpy())
 
 
-def vocabulary_tables(schema: Schema) -> list[Any]:
+def vocabulary_tables(schema: Schema) -> list[TableIds]:
     return [table for table in schema.tables if table.ids == "vocabulary"]
 
 

@@ -89,8 +89,12 @@ def keyed_codes(values: pa.Array, key: bytes) -> np.ndarray:
 
 def hashed_ids(values: pa.Array, key: bytes) -> pa.Array:
     """Strings [N]: the keyed codes of whole numbers or strings, in hexadecimal."""
-    values = values.cast(pa.int64()) if pa.types.is_floating(values.type) else values
-    return pa.array([f"{code:016x}" for code in keyed_codes(values, key).tolist()], pa.string())
+    return pa.array([f"{code:016x}" for code in keyed_codes(whole_ids(values), key).tolist()], pa.string())
+
+
+def whole_ids(values: pa.Array) -> pa.Array:
+    """Ids that floats hold as the integers they are, so that an id has one text."""
+    return values.cast(pa.int64()) if pa.types.is_floating(values.type) else values
 
 
 def _integers(values: pa.Array, feature: Feature, where: str) -> np.ndarray:

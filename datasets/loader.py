@@ -19,7 +19,7 @@ from .batch import Batch
 from .columns import Columns, Part, empty_columns, to_batch
 from .parquet.decode import Decoder
 from .parquet.files import SliceReader
-from .row_groups import EpochOrder, LaneRange, ReadingPosition, Slice, fingerprint
+from .row_groups import EpochOrder, LaneRange, ReadingPosition, Slice, cuts, fingerprint
 from .schema import InputError
 from .storage.access import StorageError
 
@@ -34,8 +34,8 @@ _SHOWN_REASONS = 10
 class Tally:
     """What reading left out or changed. By slice, so that what several ranks or epochs read counts once; plain values, for a manifest."""
 
-    bad_files: dict[str, str] = field(default_factory=dict)
-    """Path to reason, of files that were left out as a whole."""
+    bad_files: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Path to rows (0 where nobody knows) and reason, of files that were left out as a whole."""
     skipped: dict[str, tuple[str, int, str]] = field(default_factory=dict)
     """A slice's first row in the split, which is the same wherever the files are, to path, rows and reason."""
     capped: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class Tally:
         return sum(rows for _, rows, _ in self.skipped.values())
 
     def report(self) -> dict[str, Any]:
-        """As `data` in result.json: rows of files that were left out as a whole are not known and not counted."""
+        """As `data` in result.json. Files whose rows cannot be known are counted as files alone."""
         capped: dict[str, dict[str, int]] = {}
         for tasks in self.capped.values():
             for task, (negative, above) in tasks.items():
@@ -63,8 +63,9 @@ class Tally:
                 counts["negative"] += negative
                 counts["above_cap"] += above
         files = {path for path, _, _ in self.skipped.values()} | self.bad_files.keys()
-        reasons = [*self.bad_files.values(), *(reason for _, _, reason in self.skipped.values())]
-        skipped = {"rows": self.skipped_rows, "files": len(files), "reasons": reasons[:_SHOWN_REASONS]}
+        reasons = [*(reason for _, reason in self.bad_files.values()), *(reason for _, _, reason in self.skipped.values())]
+        rows = self.skipped_rows + sum(rows for rows, _ in self.bad_files.values())
+        skipped = {"rows": rows, "files": len(files), "reasons": reasons[:_SHOWN_REASONS]}
         return {"skipped": skipped, "capped": dict(sorted(capped.items()))}
 
 
@@ -182,6 +183,7 @@ class Loader:
             "data.shuffle": self.shuffle,
             "data.shuffle_row_groups": self.window,
             "data.memory_mb": self.schema.data.memory_mb,
+            "the cut of row groups into slices, which follows the columns that are read,": cuts(self.slices),
         }
         return {"epoch": position.epoch, "row": position.row, "files": fingerprint(self.slices), "order": order}
 

@@ -76,6 +76,12 @@ def fingerprint(slices: Sequence[Slice]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def cuts(slices: Sequence[Slice]) -> str:
+    """Changes when row groups are cut into other slices: another `memory_mb`, or other columns to read."""
+    text = " ".join(str(part.rows) for part in slices)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 class EpochOrder:
     """The order of the rows of one epoch.
 

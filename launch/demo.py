@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from ..datasets.parquet.files import list_slices
+from ..datasets.parquet.listing import list_slices
 from . import cli
 from .config import load_recipe
 from .inference import Predictions, evaluate_rows

@@ -25,7 +25,7 @@ from ..datasets.entities import write_entities  # noqa: E402
 from ..datasets.fitted import Fitted  # noqa: E402
 from ..datasets.ids import hashed_ids  # noqa: E402
 from ..datasets.parquet.decode import Decoder  # noqa: E402
-from ..datasets.parquet.files import list_slices  # noqa: E402
+from ..datasets.parquet.listing import list_slices  # noqa: E402
 from ..datasets.schema import Feature, InputError  # noqa: E402
 from ..embeddings.index import save_index  # noqa: E402
 from ..embeddings.vectors import read_all, write_part  # noqa: E402
@@ -78,7 +78,7 @@ def _export_entities(side: str, recipe: Recipe, built: Built, fitted: Fitted, ra
     if source is None:
         raise InputError(f"the recipe has no data.train to take {side}s from")
     if ranks.is_first:
-        write_entities(schema, split_files(schema, source), id_feature, entities)
+        write_entities(schema, fitted, split_files(schema, source), id_feature, entities)
     dist.barrier()
     others = [f.name for f in schema.features if f.side != side]
     listing = list_slices(schema, [str(entities)], labels=False, skip_features=others, types=fitted.types.copy())

@@ -14,11 +14,13 @@ from torch import nn
 
 from ..datasets.batch import Batch
 from ..datasets.fitted import Fitted
+from ..datasets.fitting import unfitted_decoder
 from ..datasets.ids import string_codes
 from ..datasets.loader import Loader
 from ..datasets.parquet.decode import Decoder, Labels, label_columns, plain_column
-from ..datasets.parquet.files import Listing, list_slices, read_slices
+from ..datasets.parquet.files import SliceReader, may_skip, read_slices
 from ..datasets.parquet.layout import ColumnTypes, is_moment, is_text
+from ..datasets.parquet.listing import Listing, list_slices
 from ..datasets.row_groups import Slice
 from ..datasets.schema import Feature, InputError, Schema
 from ..datasets.storage.access import find_files, is_there
@@ -52,11 +54,11 @@ def given_files(schema: Schema, data: str) -> list[str]:
     return find_files("." if is_there(data) else schema.data.root, data)
 
 
-def check_data(recipe: Recipe) -> None:
+def check_data(recipe: Recipe, *, rows: bool = True) -> None:
     """The files a training run reads are there, have the columns the recipe names, and agree on their types.
 
-    Labels of `valid` and ids of `items` are read too: those files' turn comes late, after an epoch or at the export.
-
+    Args:
+        rows: read all of `valid` and the ids of `items` too: their turn comes late, after an epoch or at the export.
     Raises:
         InputError: names the file and the column.
     """
@@ -65,23 +67,35 @@ def check_data(recipe: Recipe) -> None:
         raise InputError("the recipe has no data.train")
     list_slices(schema, split_files(schema, data.train), labels=True, types=types)
     if data.valid:
-        _check_labels(schema, list_slices(schema, split_files(schema, data.valid), labels=True, types=types))
+        valid = list_slices(schema, split_files(schema, data.valid), labels=True, types=types)
+        if rows:
+            _check_rows(schema, valid)
     if data.items and recipe.retrieval:
         others = [f.name for f in schema.features if f.side != "item"]
         items = list_slices(schema, split_files(schema, data.items), labels=False, skip_features=others, types=types)
-        _check_catalogue(schema, items, schema.feature(recipe.retrieval.item))
+        if rows:
+            _check_catalogue(schema, items, schema.feature(recipe.retrieval.item))
 
 
-def _check_labels(schema: Schema, valid: Listing) -> None:
-    if schema.data.on_bad_file == "fail":
-        for part, table in read_slices(schema, valid.slices, label_columns(schema)):
-            Labels(table, schema, str(part))
+def _check_rows(schema: Schema, valid: Listing) -> None:
+    """All rows can be decoded, or some where bad ones are skipped."""
+    decoder, reasons = unfitted_decoder(schema), []
+    reader = SliceReader(decoder.columns)
+    for part in valid.slices:
+        try:
+            decoder.decode(reader.read(part), str(part), part.first_row)
+        except InputError as error:
+            if not may_skip(schema, error):
+                raise
+            reasons.append(str(error))
+    if len(reasons) == len(valid.slices):
+        raise InputError(f"no row of data.valid can be read; first: {reasons[0]}")
 
 
 def _check_catalogue(schema: Schema, items: Listing, item: Feature) -> None:
     for part, table in read_slices(schema, items.slices, [item.column]):
         nulls = table.column(item.column).null_count
-        if nulls:
+        if nulls and schema.data.on_bad_file == "fail":
             raise InputError(f"{part}: column '{item.column}' has {nulls} nulls; every item of the catalogue needs an id")
 
 

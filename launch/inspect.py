@@ -56,10 +56,11 @@ def inspect(path: str, out: Path | None, json: Path | None) -> None:
     text = recipe_text(found, train, _name(data["root"]), data)
     _print(train, found, as_comments=out is None)
     if json is not None:
-        _write(json, jsonlib.dumps(report(train, found), indent=1, ensure_ascii=False) + "\n")
+        _write(json, jsonlib.dumps(_strict(report(train, found)), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     if out is not None:
         _write(out, text)
-        print(f"{out}: the recipe; next: triptych train --recipe {out} --run runs/first --ranks 2")
+        train_it = f"next: triptych train --recipe {out} --run runs/first --ranks 2"
+        print(f"{out}: the recipe; {f'it cannot train yet: {found.missing}' if found.missing else train_it}")
     else:
         print(text, end="")
 
@@ -153,6 +154,15 @@ def report(train: Profile, found: Suggestion) -> dict[str, Any]:
     return facts
 
 
+def _strict(value: Any) -> Any:
+    """null for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _strict(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _write(path: Path, text: str) -> None:
     """Beside first, then renamed."""
     half = path.with_name(path.name + ".part")
@@ -190,7 +200,7 @@ def _table(title: str, *headers: str) -> Table:
 
 def _period(train: Profile, found: Suggestion) -> list[str]:
     """First and last moment of the time column, to the minute; nothing without one."""
-    column = train.columns.get(found.roles.time or "")
+    column = train.columns[found.roles.time] if found.roles.time else None
     if column is None or column.min is None or column.max is None or column.max < _LEAST_SECONDS:
         return []
     # A number since 1970 has as many digits as its unit asks for.

@@ -14,7 +14,8 @@ import typer  # noqa: E402
 
 from ..datasets.fitted import Fitted  # noqa: E402
 from ..datasets.parquet.decode import Decoder  # noqa: E402
-from ..datasets.parquet.files import list_slices  # noqa: E402
+from ..datasets.parquet.listing import list_slices  # noqa: E402
+from ..datasets.schema import InputError  # noqa: E402
 from .console import ProgressLines, say  # noqa: E402
 from .distributed import process_group, run_rank  # noqa: E402
 from .inference import entity_loader, given_files, predict_rows  # noqa: E402
@@ -33,6 +34,8 @@ def main(
         with process_group() as ranks:
             fitted = ranks.from_first(lambda: Fitted.load(run, schema))
             listing = ranks.from_first(lambda: list_slices(schema, paths, labels=False, types=fitted.types.copy()))
+            for _, reason in listing.bad_files.values():
+                raise InputError(f"{reason}; predict keeps the order of rows and cannot leave a file out: take it out of --data")
             loader = entity_loader(Decoder(schema, fitted, labels=False), listing.slices, ranks)
             built, step = load_run(run, recipe, fitted, ranks)
             predictions = predict_rows(built.model, loader, ranks, ProgressLines("predict", ranks.is_first))

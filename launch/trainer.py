@@ -15,7 +15,7 @@ from ..datasets.fitted import Fitted, read_keys
 from ..datasets.fitting import gather, joined, needs_fitting
 from ..datasets.loader import Loader, Tally
 from ..datasets.parquet.decode import Decoder
-from ..datasets.parquet.files import list_slices
+from ..datasets.parquet.listing import list_slices
 from ..datasets.row_groups import ReadingPosition
 from ..datasets.schema import InputError
 from ..mmoe.losses import sum_over_ranks

@@ -104,8 +104,7 @@ def binary_metrics(probability_N, label_N, group_N=None, weight_N=None) -> dict[
     probability_N, label_N, weight_N, group_N = _counted_rows(probability_N, label_N, weight_N, group_N, binary=True)
     rows = probability_N, label_N, weight_N
     metrics = {"rows": len(label_N), "positives": int(np.sum(label_N)), "auc": auc(*rows)}
-    if group_N is not None:
-        metrics["gauc"] = grouped_auc(probability_N, label_N, group_N, weight_N)
+    metrics |= {} if group_N is None else {"gauc": grouped_auc(probability_N, label_N, group_N, weight_N)}
     return metrics | {"ne": normalized_entropy(*rows), "logloss": log_loss(*rows), "calibration": calibration(*rows)}
 
 
@@ -127,8 +126,7 @@ class TaskColumns:
     prediction_N: np.ndarray
     """Conditional on `given`: a probability if binary, else a duration."""
     label_N: np.ndarray
-    null_N: np.ndarray | None = None
-    """Rows whose label is missing and counts for nothing."""
+    null_N: np.ndarray | None = None  # rows whose label is missing and counts for nothing
 
 
 def report(tasks: Sequence[TaskColumns], group_N=None, scenario_N=None, weight_N=None) -> dict[str, dict]:
@@ -153,9 +151,8 @@ def report(tasks: Sequence[TaskColumns], group_N=None, scenario_N=None, weight_N
         ancestors = _ancestors(task, by_name)
         holds_N[task.name] = np.logical_and.reduce([all_rows >= 0, *(np.asarray(given.label_N) == 1 for given in ancestors)])
         entry: dict[str, object] = {"kind": task.kind, "given": task.given} if ancestors else {"kind": task.kind}
-        nulls = [part.null_N for part in (task, *ancestors) if part.null_N is not None]
-        known_N = ~np.logical_or.reduce(nulls) if nulls else np.ones(len(all_rows), bool)
         joint = _joint(task, ancestors, holds_N[task.name]) if ancestors else None
+        known_N = ~np.logical_or.reduce([all_rows < 0, *(part.null_N for part in (task, *ancestors) if part.null_N is not None)])
         holds_N[task.name] &= known_N
         entry |= _task_metrics(task, all_rows[holds_N[task.name]], group_N, weight_N)
         if joint:

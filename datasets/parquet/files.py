@@ -1,11 +1,10 @@
-"""Listing, opening and reading parquet files; every failure names the file."""
+"""Opening and reading parquet files; every failure names the file."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import pyarrow as pa
@@ -14,8 +13,6 @@ import pyarrow.parquet as pq
 from ..row_groups import DataFile, Slice
 from ..schema import InputError, Schema
 from ..storage.access import StorageError, is_url, open_input, with_retries
-from .chunks import chunks, leaves
-from .layout import ColumnTypes, check_columns
 from .pages import check_lists, check_pages
 
 logger = logging.getLogger(__name__)
@@ -23,8 +20,6 @@ logger = logging.getLogger(__name__)
 _TAIL_BYTES = 1 << 16
 _STREAM_BUFFER_BYTES = 1 << 18
 _SKIP_ROWS = 1 << 16
-_COPIES = 5
-"""How often a slice is in memory at most: held, decoded ahead, read from its file, and parts of it on the way."""
 
 
 def first_line(error: BaseException) -> str:
@@ -58,7 +53,7 @@ def _read_footer(path: str) -> tuple[int, bytes]:
         return size, tail[-length:]
 
 
-def _describe(path: str, name: str) -> tuple[DataFile, pq.FileMetaData]:
+def describe(path: str, name: str) -> tuple[DataFile, pq.FileMetaData]:
     try:
         size, footer = with_retries(path, lambda: _read_footer(path))
         metadata = pq.read_metadata(pa.BufferReader(footer))
@@ -73,100 +68,15 @@ def _describe(path: str, name: str) -> tuple[DataFile, pq.FileMetaData]:
 
 @lru_cache(maxsize=64)
 def _metadata(file: DataFile) -> pq.FileMetaData:
-    found, metadata = _describe(file.path, file.name)
+    found, metadata = describe(file.path, file.name)
     if found != file:
         raise InputError(f"{file.path}: the file changed since it was listed")
     return metadata
 
 
-@dataclass
-class Listing:
-    """The slices of a split, in file order, and the files that were left out, with the reasons."""
-
-    slices: list[Slice] = field(default_factory=list)
-    types: ColumnTypes = field(default_factory=ColumnTypes)
-    bad_files: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def num_rows(self) -> int:
-        return sum(part.rows for part in self.slices)
-
-
-def _row_group_bytes(path: str, metadata: pq.FileMetaData, columns: Collection[str]) -> list[int]:
-    """About what each row group takes in memory when it is decoded: 8 bytes a value and a list.
-
-    Raises:
-        InputError: the footer is damaged.
-    """
-
-    def size(row_group: int, numbers: Collection[int]) -> int:
-        total, rows = 0, metadata.row_group(row_group).num_rows
-        for chunk in chunks(metadata, row_group, numbers):
-            lists = rows if "." in chunk.path_in_schema else 0
-            total += max(8 * (chunk.num_values + lists), chunk.total_uncompressed_size)
-        return total
-
-    try:
-        numbers = leaves(metadata, columns)
-        return [size(row_group, numbers) for row_group in range(metadata.num_row_groups)]
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: a damaged parquet file ({first_line(error)})") from error
-
-
-def _slices(groups: Sequence[tuple[DataFile, int, int, int]], schema: Schema) -> Iterator[Slice]:
-    """Cut (file, row group, rows, bytes) so that what is open at the same time fits in memory."""
-    lanes = min(schema.data.shuffle_row_groups if schema.data.shuffle else 1, max(len(groups), 1))
-    budget = max(1, (schema.data.memory_mb << 20) // (lanes * _COPIES))
-    first_row = 0
-    for file, number, rows, size in groups:
-        step = max(1, -(-rows // max(1, -(-size // budget))))
-        for start in range(0, rows, step):
-            yield Slice(file, number, start, first_row + start, min(step, rows - start))
-        first_row += rows
-
-
-def _name_below(root: str, path: str) -> str:
-    """The path without the root and without a URL's options, which may be others tomorrow."""
-    root, path = (name.partition("?")[0] if is_url(name) else name for name in (root, path))
-    return path.removeprefix(root.rstrip("/") + "/")
-
-
 def may_skip(schema: Schema, error: InputError) -> bool:
     """Whether what caused the error is to be left out and counted. Storage that is away for a while is not."""
     return schema.data.on_bad_file == "skip" and not isinstance(error, StorageError)
-
-
-def list_slices(
-    schema: Schema, paths: Sequence[str], *, labels: bool, skip_features: Collection[str] = (), types: ColumnTypes | None = None
-) -> Listing:
-    """Check the files' columns and list their rows.
-
-    Args:
-        labels: whether the files must hold labels.
-        skip_features: names of features that the files may lack.
-        types: what the columns hold in other files of the run; the files are added.
-    Raises:
-        InputError: a file that is unreadable or does not fit (with `on_bad_file = "skip"`: all of them), or no rows at all.
-    """
-    listing = Listing(types=types or ColumnTypes())
-    groups: list[tuple[DataFile, int, int, int]] = []
-    for path in paths:
-        try:
-            file, metadata = _describe(path, _name_below(schema.data.root, path))
-            found = check_columns(schema, path, metadata.schema.to_arrow_schema(), labels=labels, skip_features=skip_features)
-            sizes = _row_group_bytes(path, metadata, found)
-            listing.types.add(path, found)
-        except InputError as error:
-            if not may_skip(schema, error) or len(listing.bad_files) + 1 == len(paths):
-                raise
-            logger.warning("skipped a file: %s", error)
-            listing.bad_files[path] = str(error)
-            continue
-        groups += [(file, number, metadata.row_group(number).num_rows, size) for number, size in enumerate(sizes)]
-    listing.slices = list(_slices(groups, schema))
-    if listing.num_rows == 0:
-        raise InputError(f"{', '.join(paths)}: no rows")
-    return listing
 
 
 def _without_views(table: pa.Table) -> pa.Table:
@@ -285,5 +195,6 @@ def read_slices(schema: Schema, slices: Sequence[Slice], columns: Sequence[str])
         except InputError as error:
             if not may_skip(schema, error):
                 raise
+            logger.warning("skipped %d rows: %s", part.rows, error)
             continue
         yield part, table

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -75,6 +75,17 @@ class ColumnTypes:
 
     def copy(self) -> ColumnTypes:
         return ColumnTypes(dict(self.families))
+
+    def prefer(self, files: Sequence[tuple[str, int, Mapping[str, str]]]) -> None:
+        """Of columns that are not known yet, take the family that most rows of the files (path, rows, families) have."""
+        votes: dict[str, dict[str, tuple[int, str]]] = {}
+        for path, rows, found in files:
+            for column, its_family in found.items():
+                before, first_path = votes.setdefault(column, {}).get(its_family, (0, path))
+                votes[column][its_family] = (before + rows, first_path)
+        for column, families in votes.items():
+            its_family, (_, path) = max(families.items(), key=lambda vote: (not vote[0].endswith(NOTHING), vote[1][0]))
+            self.families.setdefault(column, (its_family, path))
 
     def add(self, path: str, found: Mapping[str, str]) -> None:
         """Take in one file's columns.

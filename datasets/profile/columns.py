@@ -17,6 +17,9 @@ from .sketches import HeavyHitters, HyperLogLog, SmallestCodes, codes_of
 
 HEADS = (1, 10, 100)
 NUMERIC = ("integer", "number", "boolean")
+LARGEST = float(np.finfo(np.float32).max)
+"""Numbers beyond it are infinite to a model."""
+_INT64_END = 2.0**63
 _ARROW = {"integer": pa.int64(), "boolean": pa.int64(), "moment": pa.int64(), "number": pa.float64(), "text": pa.large_string()}
 
 
@@ -106,7 +109,8 @@ class ColumnProfile:
     @property
     def holds_whole_numbers(self) -> bool:
         """Integers, or floats that are what integers with nulls become."""
-        return self.kind in NUMERIC and self.whole and self.nan == 0 and self.infinite == 0
+        in_range = self.kind != "number" or self.min is None or self.max is None or -_INT64_END <= self.min <= self.max < _INT64_END
+        return self.kind in NUMERIC and self.whole and self.nan == 0 and self.infinite == 0 and in_range
 
     @property
     def is_constant(self) -> bool:
@@ -132,6 +136,8 @@ class ColumnTally:
         self.distinct, self.smallest = HyperLogLog(), SmallestCodes()
         self.heavy = HeavyHitters(_ARROW[element]) if element in _ARROW else None
         self.finite, self.mean, self.squares, self.total_length = 0, 0.0, 0.0, 0
+        self.unit = 1.0
+        """Power of two that mean and squares are counted in."""
 
     def add(self, values: pa.Array) -> pa.Array:
         """Count a chunk; returns it as `plain`, a list as it is."""
@@ -192,6 +198,8 @@ class ColumnTally:
         profile.min = low if profile.min is None else min(low, profile.min)
         profile.max = high if profile.max is None else max(high, profile.max)
         count = int(count_N.sum())
+        self._scale_to(max(abs(low), abs(high)))
+        number_N = number_N / self.unit
         mean = float(np.average(number_N, weights=count_N))
         squares = float((count_N * (number_N - mean) ** 2).sum())
         together = self.finite + count
@@ -199,11 +207,17 @@ class ColumnTally:
         self.mean += (mean - self.mean) * count / together
         self.finite = together
 
+    def _scale_to(self, largest: float) -> None:
+        """Take a unit in which no square of a number up to `largest` overflows. Division by a power of two is exact."""
+        unit = max(self.unit, 2.0 ** (math.frexp(largest)[1] - 1))
+        ratio, self.unit = self.unit / unit, unit
+        self.mean, self.squares = self.mean * ratio, self.squares * ratio * ratio
+
     def finish(self) -> ColumnProfile:
         profile, heavy = self.profile, self.heavy
         profile.smallest = self.smallest
         if self.finite:
-            profile.mean, profile.std = self.mean, math.sqrt(self.squares / self.finite)
+            profile.mean, profile.std = self.mean * self.unit, math.sqrt(self.squares / self.finite) * self.unit
         if profile.kind == "list":
             profile.length_mean = self.total_length / max(1, profile.rows - profile.nulls)
         if heavy is not None and profile.values:

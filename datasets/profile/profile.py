@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
+from ..parquet.chunks import chunks
 from ..parquet.files import first_line, open_file
 from ..schema import InputError, nearest
 from .columns import ColumnProfile, ColumnTally, common_kind, kind_of
@@ -80,10 +81,14 @@ class _Header(NamedTuple):
 def _header(path: str) -> _Header:
     file = open_file(path)
     metadata = file.metadata
-    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    chunks = [group.column(column) for group in groups for column in range(group.num_columns)]
-    size, values = sum(chunk.total_compressed_size for chunk in chunks), sum(chunk.num_values for chunk in chunks)
-    return _Header(path, file.schema_arrow, metadata.num_rows, len(groups), size, values)
+    size, values, leaves = 0, 0, range(metadata.num_columns)
+    try:
+        for row_group in range(metadata.num_row_groups):
+            for chunk in chunks(metadata, row_group, leaves):
+                size, values = size + chunk.total_compressed_size, values + chunk.num_values
+        return _Header(path, file.schema_arrow, metadata.num_rows, metadata.num_row_groups, size, values)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: a damaged parquet file ({first_line(error)})") from error
 
 
 def _kinds(headers: list[_Header]) -> dict[str, tuple[str, str]]:

@@ -71,10 +71,11 @@ def comment(text: str) -> str:
 
 
 def _head(suggestion: Suggestion, name: str, data: Mapping[str, str]) -> str:
-    lines = [comment(f"{name}: a recipe to start from, made by triptych inspect. Read the reasons, then")]
-    lines += ["#", "#   triptych train --recipe THIS_FILE --run runs/first --ranks 2", ""]
-    if not suggestion.tasks:
-        lines.append(comment("No column looks like a label. Write a [[tasks]] part: name, kind (binary or duration) and label."))
+    start = f"{name}: a recipe to start from, made by triptych inspect. Read the reasons"
+    if suggestion.missing:
+        lines = [comment(f"{start}. It cannot train yet: {suggestion.missing}."), ""]
+    else:
+        lines = [comment(f"{start}, then"), "#", "#   triptych train --recipe THIS_FILE --run runs/first --ranks 2", ""]
     for split, reason in suggestion.unfit.items():
         lines.append(comment(f"{data[split]} is left out: {reason}."))
     return "\n".join([*lines, f"name = {_value(name)}"])
@@ -179,6 +180,7 @@ def _tasks(suggestion: Suggestion, task_names: Mapping[str, str]) -> str:
             "given": given,
             "scale": task.scale,
             "cap": task.cap,
+            "nulls": task.nulls,
         }
         parts.append("\n".join([_headed("[[tasks]]", task.why), *_keys(keys), *_PREDICT.get(task.kind, ())]))
     if suggestion.other_labels:

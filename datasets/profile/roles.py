@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from . import names
-from .columns import ColumnProfile
+from .columns import LARGEST, ColumnProfile
 from .measures import Key, values_of
 from .profile import Profile
 
@@ -131,7 +131,7 @@ def is_moment(column: ColumnProfile) -> bool:
 
 def _time(profile: Profile, roles: Roles) -> str | None:
     """The moment of the row: the one with the most values."""
-    found = [c for c in profile.columns.values() if is_moment(c) and roles.sides.get(c.name) == "context" and not c.is_constant]
+    found = [c for c in profile.columns.values() if c.name and is_moment(c) and roles.sides.get(c.name) == "context" and not c.is_constant]
     best = max(found, key=lambda c: (names.time_score(c.name) or 0, c.distinct), default=None)
     return best.name if best else None
 
@@ -142,8 +142,18 @@ def is_binary(column: ColumnProfile) -> bool:
 
 
 def _is_duration(column: ColumnProfile) -> bool:
-    many = column.is_numeric and column.distinct > 20 and column.min is not None and column.min >= 0
-    return many and names.is_duration(column.name) and column.nan == column.infinite == column.nulls == 0
+    return looks_like_duration(column) and column.nan == column.infinite == 0
+
+
+def looks_like_label(column: ColumnProfile) -> bool:
+    """0 and 1, nulls and NaN aside, and named like an action."""
+    return column.whole and column.distinct == 2 and (column.min, column.max) == (0, 1) and names.is_action(column.name)
+
+
+def looks_like_duration(column: ColumnProfile) -> bool:
+    """Many numbers from 0 up, nulls and NaN aside, and named like a duration."""
+    many = column.is_numeric and column.distinct > 20 and column.min is not None and column.max is not None
+    return many and 0 <= column.min <= column.max <= LARGEST and names.is_duration(column.name)
 
 
 def _scenario(profile: Profile, roles: Roles) -> str | None:

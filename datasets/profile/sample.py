@@ -56,7 +56,8 @@ class RowSample:
         if len(chosen) < count:
             columns = {name: columns[name].take(pa.array(chosen)) for name in self.kinds}
         arrays = {name: self._coded(columns[name], *self.kinds[name]) for name in self.kinds}
-        self.tables.append(pa.table({**arrays, "": pa.array(hash_N[chosen])}))
+        # The hash goes first and is found by its place: any name could be a column's.
+        self.tables.append(pa.Table.from_arrays([pa.array(hash_N[chosen]), *arrays.values()], ["hash", *arrays]))
         self.held += len(chosen)
         if self.held > 2 * self.size:
             self._prune()
@@ -72,7 +73,7 @@ class RowSample:
 
     def _prune(self) -> None:
         table = pa.concat_tables(self.tables)
-        hash_N = table.column("").to_numpy()
+        hash_N = table.column(0).to_numpy()
         order = np.argsort(hash_N)[: self.size]
         self.tables, self.held = [table.take(pa.array(order)).combine_chunks()], len(order)
         if self.held == self.size and self.size:
@@ -83,4 +84,4 @@ class RowSample:
         if not self.tables:
             return pa.table({name: pa.array([], pa.int64()) for name in self.kinds})
         self._prune()
-        return self.tables[0].drop_columns([""])
+        return self.tables[0].remove_column(0)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from .columns import ColumnProfile, common_kind
 from .features import FeatureGuess, TableGuess, guess_features, shares_ids, table_of
@@ -31,6 +31,18 @@ class Suggestion:
     unfit: dict[str, str] = field(default_factory=dict)
     """The others, and why."""
 
+    @property
+    def missing(self) -> str | None:
+        """What must be added before a recipe of this can train; None where nothing is."""
+        parts = []
+        if not self.tasks:
+            parts.append("no column looks like a label: add a [[tasks]] part with name, kind (binary or duration) and label")
+        if not self.tables:
+            parts.append(
+                "no column looks like an id: add a [[tables]] part with name, rows and dim, and a feature of kind id that reads it"
+            )
+        return "; ".join(parts) or None
+
 
 def suggest(train: Profile, splits: Mapping[str, Profile]) -> Suggestion:
     """A recipe from the profiles of `train` and, where there are such, of `valid`, `test` and `items`."""
@@ -39,6 +51,7 @@ def suggest(train: Profile, splits: Mapping[str, Profile]) -> Suggestion:
     suspects = find_suspects(train, roles, sample)
     dropped = {suspect.column for suspect in suspects}
     tasks, other_labels = guess_tasks(train, roles, sample, dropped)
+    tasks = [_masked(task, train, [splits[name] for name in splits if name != "items"]) for task in tasks]
     found = Suggestion(roles, tasks, [], {}, suspects, other_labels, correlations(roles, sample), [])
     _check_splits(found, train, splits)
     _keep_to_catalogue(roles, splits if "items" in found.splits else {})
@@ -55,6 +68,16 @@ def suggest(train: Profile, splits: Mapping[str, Profile]) -> Suggestion:
     found.features.sort(key=lambda feature: _place(feature, roles))
     found.tables = _tables(found.features, train, roles)
     return found
+
+
+def _masked(task: TaskGuess, train: Profile, others: Sequence[Profile]) -> TaskGuess:
+    """Nulls of any split ask for the mask."""
+    nulls = train.columns[task.label].nulls
+    elsewhere = sum(profile.columns[task.label].nulls for profile in others if task.label in profile.columns)
+    if not nulls and not elsewhere:
+        return task
+    count = f"{nulls:,} nulls" if nulls else f"{elsewhere:,} nulls in other splits"
+    return replace(task, nulls="mask", why=f"{task.why}; {count}: those rows teach this task nothing")
 
 
 def _place(feature: FeatureGuess, roles: Roles) -> tuple[int, bool]:
@@ -88,8 +111,8 @@ def _unfit_log(profile: Profile, train: Profile, used: list[str], tasks: list[Ta
             return f"its column {name} is {profile.columns[name].type}, but {train.columns[name].type} in train"
     for task in tasks:
         label = profile.columns[task.label]
-        if label.nulls or label.nan or label.infinite:
-            return f"its label {task.label} has nulls"
+        if label.nan or label.infinite:
+            return f"its label {task.label} holds {label.nan} NaN and {label.infinite} infinite values"
         if task.kind == "binary" and not (label.whole and label.min in (0, 1) and label.max in (0, 1)):
             return f"its label {task.label} is not always 0 or 1"
         if task.kind == "duration" and (label.min is None or label.min < 0):
@@ -107,7 +130,7 @@ def _unfit_part(column: ColumnProfile, part: ColumnProfile) -> str | None:
     if reason is None and column.is_list and column.element == "number" and part.length_max != column.length_max:
         reason = f"holds lists of {part.length_max} numbers"
     if reason is None and column.holds_whole_numbers and part.values and not part.holds_whole_numbers:
-        reason = "holds fractions"
+        reason = "holds fractions, or numbers beyond 2^63"
     return f"in another split {reason}" if reason else None
 
 

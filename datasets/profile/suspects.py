@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import names
-from .columns import ColumnProfile
+from .columns import LARGEST, ColumnProfile
 from .measures import categories, is_relabelled, out_of_fold_auc, quantile_bins, rank_auc, rank_correlation
 from .profile import Profile
-from .roles import Roles, Sample, is_binary, is_moment
+from .roles import Roles, Sample, is_binary, is_moment, looks_like_duration, looks_like_label
 
 Auc = Callable[[np.ndarray, np.ndarray], float]
 MOST_AUC = 0.95
@@ -50,8 +50,6 @@ def find_suspects(profile: Profile, roles: Roles, sample: Sample) -> list[Suspec
 
 
 def _label_tests(column: ColumnProfile, roles: Roles, sample: Sample) -> Iterator[Suspect]:
-    if column.nulls:
-        yield Suspect(column.name, "unreadable", f"looks like a label, but has {column.nulls} nulls: drop those rows to make it a task")
     for other in roles.labels[: roles.labels.index(column.name)]:
         if (sample.codes[column.name] == sample.codes[other]).all():
             yield Suspect(column.name, "copy", f"is a copy of the label {other}")
@@ -59,6 +57,8 @@ def _label_tests(column: ColumnProfile, roles: Roles, sample: Sample) -> Iterato
 
 def _tests(column: ColumnProfile, roles: Roles, sample: Sample, screen_K: np.ndarray) -> Iterator[Suspect]:
     """What speaks against a column, the gravest first."""
+    if roles.sides[column.name] == "context":
+        yield from _outcome_with_nan(column)
     yield from _unusable(column)
     yield from _copies(column, roles, sample)
     yield from _predicts(column, roles, sample, screen_K)
@@ -70,10 +70,14 @@ def _tests(column: ColumnProfile, roles: Roles, sample: Sample, screen_K: np.nda
 
 def unreadable(column: ColumnProfile) -> str | None:
     """Why no feature can read a column; None if one can."""
+    if not column.name:
+        return "has no name: give it one"
     if column.element in ("other", "list") or (column.is_list and column.element in ("moment", "boolean")):
         return f"is {column.type}, which no feature reads"
     if column.nan or column.infinite:
         return f"holds {column.nan} NaN and {column.infinite} infinite values: make them nulls"
+    if column.element == "number" and not (column.min is None or column.max is None or -LARGEST <= column.min <= column.max <= LARGEST):
+        return f"holds numbers from {column.min:g} to {column.max:g}, beyond what a float32 holds"
     if column.null_elements:
         return f"has {column.null_elements} nulls within its lists"
     if column.type in ("uint64", "list<element: uint64>") and column.min is not None and column.min < 0:
@@ -81,6 +85,13 @@ def unreadable(column: ColumnProfile) -> str | None:
     if column.is_list and column.element == "number" and (column.length_min != column.length_max or column.nulls or not column.length_max):
         return f"holds lists of {column.length_min} to {column.length_max} numbers and {column.nulls} nulls: a vector has one length"
     return None
+
+
+def _outcome_with_nan(column: ColumnProfile) -> Iterator[Suspect]:
+    """What would be a task but for NaN. A null says that nothing is known of the row; NaN may be a computation gone wrong."""
+    kind = "label" if looks_like_label(column) else "duration" if looks_like_duration(column) else None
+    if kind is not None and column.nan and not column.infinite:
+        yield Suspect(column.name, "unreadable", f"looks like a {kind}, but holds {column.nan} NaN: make them nulls, which a task can mask")
 
 
 def _unusable(column: ColumnProfile) -> Iterator[Suspect]:
@@ -98,7 +109,7 @@ def _unusable(column: ColumnProfile) -> Iterator[Suspect]:
 
 
 def _copies(column: ColumnProfile, roles: Roles, sample: Sample) -> Iterator[Suspect]:
-    if column.is_list or column.distinct + (column.nulls > 0) != 2:
+    if column.is_list or column.distinct + (column.nulls > 0) not in (2, 3):  # a label may have nulls
         return
     for label in roles.labels:
         if is_relabelled(sample.codes[column.name], sample.codes[label]):
@@ -106,12 +117,10 @@ def _copies(column: ColumnProfile, roles: Roles, sample: Sample) -> Iterator[Sus
 
 
 def _screen_rows(roles: Roles, sample: Sample) -> np.ndarray:
-    """Rows on which an AUC of any label is already about right: the first ones, and enough of each label's rarer class."""
+    """Rows on which an AUC of any label is already about right: the first ones, and enough of both classes of each label."""
     chosen = [np.arange(min(_SCREEN_ROWS, sample.rows))]
     for label in roles.labels:
-        ones = np.flatnonzero(sample.numbers[label] == 1)
-        rarer = ones if 2 * len(ones) <= sample.rows else np.flatnonzero(sample.numbers[label] == 0)
-        chosen.append(rarer[:_ENOUGH_OF_A_CLASS])
+        chosen += [np.flatnonzero(sample.numbers[label] == value)[:_ENOUGH_OF_A_CLASS] for value in (0, 1)]
     return np.unique(np.concatenate(chosen))
 
 
@@ -127,17 +136,22 @@ def _views(column: ColumnProfile, sample: Sample, rows: np.ndarray | slice) -> l
     return views
 
 
+def _best_auc(views: list[tuple[Auc, np.ndarray]], label_N: np.ndarray) -> float:
+    """Over the rows that have the label."""
+    known_N = ~np.isnan(label_N)
+    return max(auc(category_N[known_N], label_N[known_N]) for auc, category_N in views)
+
+
 def _predicts(column: ColumnProfile, roles: Roles, sample: Sample, screen_K: np.ndarray) -> Iterator[Suspect]:
     views, screen = None, _views(column, sample, screen_K)
     for label in roles.labels:
         label_N = sample.numbers[label]
-        ones = label_N.sum()
-        if np.isnan(ones) or not _LEAST_OF_A_CLASS <= ones <= len(label_N) - _LEAST_OF_A_CLASS:
+        if min((label_N == 0).sum(), (label_N == 1).sum()) < _LEAST_OF_A_CLASS:
             continue
-        if max(auc(part, label_N[screen_K]) for auc, part in screen) < MOST_AUC - _SCREEN_MARGIN:
+        if _best_auc(screen, label_N[screen_K]) < MOST_AUC - _SCREEN_MARGIN:
             continue
         views = views or _views(column, sample, slice(None))
-        best = max(auc(part, label_N) for auc, part in views)
+        best = _best_auc(views, label_N)
         if best > MOST_AUC:
             yield Suspect(column.name, "leak", f"alone predicts {label} with AUC {best:.3f}")
     for duration in roles.durations if column.is_numeric else ():
@@ -156,10 +170,11 @@ def _outcome(column: ColumnProfile, roles: Roles, sample: Sample) -> Iterator[Su
     numbers = sample.numbers[column.name]
     is_set = ~np.isnan(numbers) & ((numbers != 0) if column.is_numeric else True)
     for label in roles.labels:
-        label_N = sample.numbers[label] == 1
-        rate, count = float(label_N.mean()), int(is_set.sum())
-        if 0 < rate < 1 and _FEWEST_SET <= count < len(is_set) and count * math.log(rate) < _BY_CHANCE and label_N[is_set].all():
-            yield Suspect(column.name, "outcome", f"is set only where {label} is 1 ({count} of {len(is_set)} sampled rows)")
+        known = ~np.isnan(sample.numbers[label])
+        label_K, set_K = sample.numbers[label][known] == 1, is_set[known]
+        rate, count = float(label_K.mean()) if len(label_K) else 0.0, int(set_K.sum())
+        if 0 < rate < 1 and _FEWEST_SET <= count < len(set_K) and count * math.log(rate) < _BY_CHANCE and label_K[set_K].all():
+            yield Suspect(column.name, "outcome", f"is set only where {label} is 1 ({count} of {len(set_K)} sampled rows)")
 
 
 def _unique(column: ColumnProfile) -> Iterator[Suspect]:

@@ -30,6 +30,8 @@ class TaskGuess:
     given: str | None = None
     scale: float | None = None
     cap: float | None = None
+    nulls: str | None = None
+    """mask, where the label has nulls."""
 
 
 def guess_tasks(profile: Profile, roles: Roles, sample: Sample, dropped: set[str]) -> tuple[list[TaskGuess], list[str]]:
@@ -47,7 +49,7 @@ def guess_tasks(profile: Profile, roles: Roles, sample: Sample, dropped: set[str
     ranked = sorted((label for label in labels if label != first), key=lambda label: -_rate(profile.columns[label]))
     tasks = [_binary(profile, first, click, sample)] if first else []
     for label in ranked:
-        rate, ones = _rate(profile.columns[label]), _rate(profile.columns[label]) * profile.rows
+        rate, ones = _rate(profile.columns[label]), _ones(profile.columns[label])
         if rate < _LEAST_RATE or ones < _LEAST_ONES:
             left.append(f"{label}: 1 in {rate:.3%} of the rows ({round(ones)})")
         elif len(tasks) + len(durations) == MOST_TASKS:
@@ -61,13 +63,18 @@ def _rate(column: ColumnProfile) -> float:
     return column.mean or 0.0
 
 
+def _ones(column: ColumnProfile) -> float:
+    return _rate(column) * column.values
+
+
 def _binary(profile: Profile, label: str, click: str | None, sample: Sample) -> TaskGuess:
-    why = f"1 in {_rate(profile.columns[label]):.1%} of the rows"
+    of = "the rows that have it" if profile.columns[label].nulls else "the rows"
+    why = f"1 in {_rate(profile.columns[label]):.1%} of {of}"
     if click is None or label == click:
         return TaskGuess(label, "binary", why)
-    with_click = sample.numbers[click][sample.numbers[label] == 1]
+    with_click = sample.numbers[click][(sample.numbers[label] == 1) & ~np.isnan(sample.numbers[click])]
     share = float(with_click.mean()) if len(with_click) else 0.0
-    fewer = _rate(profile.columns[label]) < _rate(profile.columns[click])
+    fewer = _ones(profile.columns[label]) < _ones(profile.columns[click])
     if fewer and share >= _NESTED:
         return TaskGuess(label, "binary", f"{why}, and in {share:.1%} of these {click} is 1", given=click)
     return TaskGuess(label, "binary", f"{why}; {click} is 1 in {share:.0%} of these, too few for given")
@@ -75,18 +82,24 @@ def _binary(profile: Profile, label: str, click: str | None, sample: Sample) -> 
 
 def _duration(column: ColumnProfile, click: str | None, sample: Sample) -> TaskGuess:
     number_N = sample.numbers[column.name]
+    number_N = number_N[~np.isnan(number_N)]
     positive = number_N[number_N > 0]
     unit = names.seconds_in_unit(column.name)
     how = "by its name" if unit is not None else "by its size"
     if unit is None:
         unit = 0.001 if len(positive) and float(np.median(positive)) > 1000 else 1.0
-    cap = max(float(f"{np.quantile(number_N, 0.999) * unit:.2g}"), 1.0)
+    cap = max(float(f"{np.quantile(number_N, 0.999) * unit:.2g}"), 1.0) if len(number_N) else 1.0
     given, why = None, f"in units of {unit:g} s {how}; cap: 99.9 % of the rows are below"
     if click is not None:
-        unclicked = number_N[sample.numbers[click] == 0]
-        share = float((unclicked > 0).mean()) if len(unclicked) else 1.0
+        unclicked = sample.numbers[click] == 0
+        # Nulls are not above 0: a duration that only a click sets may be null without one.
+        share = float((sample.numbers[column.name][unclicked] > 0).mean()) if unclicked.any() else 1.0
         given = click if share <= _NEVER else None
-        why += f"; above 0 in {share:.0%} of the rows without {click}" if given is None else f"; 0 wherever {click} is 0"
+        why += (
+            f"; above 0 in {share:.0%} of the rows without {click}"
+            if given is None
+            else f"; 0{' or null' if column.nulls else ''} wherever {click} is 0"
+        )
     return TaskGuess(column.name, "duration", why, given, unit, cap if math.isfinite(cap) else None)
 
 

@@ -26,7 +26,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from triptych.datasets.fitted import Fitted
 from triptych.datasets.loader import Loader
 from triptych.datasets.parquet.decode import Decoder
-from triptych.datasets.parquet.files import list_slices
+from triptych.datasets.parquet.listing import list_slices
 from triptych.launch.build import build
 from triptych.launch.config import Recipe
 from triptych.launch.distributed import process_group

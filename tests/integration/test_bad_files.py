@@ -15,7 +15,7 @@ import pytest
 
 from tests.command import succeeds, triptych
 from tests.small import RECIPE, rows
-from triptych.datasets.parquet.files import list_slices
+from triptych.datasets.parquet.listing import list_slices
 from triptych.launch import cli
 from triptych.launch.config import load_recipe
 from triptych.launch.distributed import process_group

@@ -17,7 +17,7 @@ from tests.small import write_log
 from triptych.datasets.fitted import Fitted
 from triptych.datasets.loader import Loader
 from triptych.datasets.parquet.decode import Decoder
-from triptych.datasets.parquet.files import list_slices
+from triptych.datasets.parquet.listing import list_slices
 from triptych.datasets.schema import SIDES, Feature
 from triptych.embeddings.tables import fill_table
 from triptych.launch.build import build, model_state, train_task

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from triptych.datasets.fitted import Fitted
 from triptych.datasets.loader import Loader
 from triptych.datasets.parquet.decode import Decoder
-from triptych.datasets.parquet.files import SliceReader, list_slices
+from triptych.datasets.parquet.files import SliceReader
+from triptych.datasets.parquet.listing import list_slices
 from triptych.datasets.parquet.pages import check_lists, check_pages, page_header
 from triptych.datasets.row_groups import Slice
 from triptych.datasets.schema import DataSection, Feature, InputError, Label, Schema, TableIds
@@ -283,4 +284,4 @@ class TestOtherFiles:
         listing = list_slices(the_schema, [str(bad), str(sound)], labels=True)
         loader = Loader(Decoder(the_schema, Fitted()), listing.slices, rank=0, world_size=1)
         assert np.array_equal(np.concatenate([lines(batch) for batch in loader.batches()]), truth)
-        assert list(listing.bad_files) == [str(bad)] and listing.bad_files[str(bad)].startswith(f"{bad}: not a readable parquet file")
+        assert list(listing.bad_files) == [str(bad)] and listing.bad_files[str(bad)][1].startswith(f"{bad}: not a readable parquet file")

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.test_decode import GOOD, SCHEMA, schema
-from triptych.datasets.parquet.files import list_slices
 from triptych.datasets.parquet.layout import ColumnTypes, agree, check_columns, family
+from triptych.datasets.parquet.listing import list_slices
 from triptych.datasets.schema import DataSection, Feature, InputError, Label, Schema, TableIds
 
 

@@ -12,7 +12,8 @@ from tests.small import as_lists
 from triptych.datasets.fitted import Fitted
 from triptych.datasets.ids import string_codes
 from triptych.datasets.parquet.decode import Decoder
-from triptych.datasets.parquet.files import list_slices, read_slices
+from triptych.datasets.parquet.files import read_slices
+from triptych.datasets.parquet.listing import list_slices
 from triptych.datasets.schema import DataSection, Feature, InputError, Label, Schema, TableIds
 
 NAN, INF = float("nan"), float("inf")

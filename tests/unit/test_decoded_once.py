@@ -8,7 +8,7 @@ from tests.small import write_log
 from tests.unit.test_loader_threads import recording
 from triptych.datasets.fitted import Fitted
 from triptych.datasets.loader import Loader
-from triptych.datasets.parquet.files import list_slices
+from triptych.datasets.parquet.listing import list_slices
 from triptych.launch.config import load_recipe
 
 

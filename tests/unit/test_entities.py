@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from triptych.datasets import entities
 from triptych.datasets.entities import write_entities
-from triptych.datasets.parquet.files import list_slices
+from triptych.datasets.fitted import Fitted
+from triptych.datasets.parquet.listing import list_slices
 from triptych.datasets.schema import DataSection, Feature, InputError, Label, Schema, TableIds
 
 some_examples = settings(deadline=None, max_examples=60)
@@ -63,7 +64,7 @@ def naive_newest(written, *, by_time):
 
 def exported(tmp_path, paths, time="time"):
     out = tmp_path / "vectors" / "users.parquet"
-    count = write_entities(schema(time), paths, "user", out)
+    count = write_entities(schema(time), Fitted(), paths, "user", out)
     table = pq.read_table(out)
     assert count == len(table)
     return table
@@ -92,7 +93,7 @@ class TestNewestRow:
         small = replace(schema(), data=DataSection(root=".", time="time", memory_mb=1))
         assert len(list_slices(small, paths, labels=False, skip_features=["item", "hour"]).slices) > 3
         for name, its_schema in (("whole", schema()), ("cut", small)):
-            assert write_entities(its_schema, paths, "user", tmp_path / f"{name}.out") == 90
+            assert write_entities(its_schema, Fitted(), paths, "user", tmp_path / f"{name}.out") == 90
         assert pq.read_table(tmp_path / "cut.out").equals(pq.read_table(tmp_path / "whole.out"))
 
     def test_a_row_group_that_cannot_be_read_is_left_out_where_the_recipe_says_so(self, tmp_path):
@@ -103,7 +104,7 @@ class TestNewestRow:
         content = bytearray((tmp_path / "part-0.parquet").read_bytes())
         content[(chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size - 1] ^= 1
         (tmp_path / "part-0.parquet").write_bytes(content)
-        assert write_entities(skipping, paths, "user", tmp_path / "out") == 2
+        assert write_entities(skipping, Fitted(), paths, "user", tmp_path / "out") == 2
         with pytest.raises(InputError, match=r"part-0\.parquet: row group 1 cannot be read"):
             exported(tmp_path, paths)
 

@@ -6,7 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from triptych.datasets.parquet.files import list_slices, open_file, read_slices
+from triptych.datasets.parquet.files import open_file, read_slices
+from triptych.datasets.parquet.listing import list_slices
 from triptych.datasets.row_groups import Slice
 from triptych.datasets.schema import DataSection, Feature, InputError, Label, Schema, TableIds
 
@@ -134,9 +135,11 @@ class TestBadFiles:
         listing = listed(good[0], text, other_type, good[1], schema=schema_of(on_bad_file="skip"))
         assert [part.file.path for part in listing.slices] == [good[0]] * 2 + [good[1]] * 2
         assert [part.first_row for part in listing.slices] == [0, 20, 40, 60]
-        assert listing.bad_files[text].startswith(f"{text}: not a readable parquet file (")
-        assert listing.bad_files[other_type].startswith(f"{other_type}: column 'user' holds integers, but strings in {good[0]}; ")
-        assert [record.getMessage() for record in caplog.records] == [f"skipped a file: {reason}" for reason in listing.bad_files.values()]
+        assert listing.bad_files[text][1].startswith(f"{text}: not a readable parquet file (")
+        assert listing.bad_files[other_type][1].startswith(f"{other_type}: column 'user' holds integers, but strings in {good[0]}; ")
+        assert [record.getMessage() for record in caplog.records] == [
+            f"skipped a file: {reason}" for _, reason in listing.bad_files.values()
+        ]
 
     def test_where_all_are_bad_the_last_is_an_error(self, tmp_path):
         for name in ("a.parquet", "b.parquet"):

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from triptych.datasets.fitted import Fitted, Moments, Quantiles, Vocabulary, read_key, read_keys
 from triptych.datasets.fitting import gather, joined
 from triptych.datasets.ids import keyed_codes, table_rows
-from triptych.datasets.parquet.files import list_slices
 from triptych.datasets.parquet.layout import ColumnTypes
+from triptych.datasets.parquet.listing import list_slices
 from triptych.datasets.schema import DataSection, Feature, InputError, Label, Schema, TableIds
 
 SECRET, OTHER = b"a secret of many bytes\n", b"another secret of many bytes"

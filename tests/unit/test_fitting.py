@@ -15,7 +15,8 @@ from triptych.datasets.fitted import Fitted
 from triptych.datasets.fitting import NUM_QUANTILES, gather, joined, needs_fitting
 from triptych.datasets.ids import string_codes
 from triptych.datasets.parquet.decode import Decoder
-from triptych.datasets.parquet.files import Listing, list_slices, read_slices
+from triptych.datasets.parquet.files import read_slices
+from triptych.datasets.parquet.listing import Listing, list_slices
 from triptych.datasets.schema import DataSection, Feature, InputError, Label, Schema, TableIds
 
 TABLES = (TableIds(name="word", rows=9, ids="vocabulary", min_count=2), TableIds(name="item", rows=6, ids="vocabulary"))
@@ -188,7 +189,7 @@ class TestApplied:
         other = self.ROWS[0] | {"price": 1e6, "vector": [-9.0, 7.0], "page": "new", "tags": ["a", "new"], "item": 17}
         rows = self.decoded(tmp_path, [other], fitted)
         assert [rows.ids_F[i].value_M.tolist() for i in (0, 1, 2)] == [[0], [0], [2, 0]]
-        np.testing.assert_allclose(rows.dense_ND[0, [0, 1, 4, 5]], [1e6 - 2, 1, 0, 0.5], rtol=1e-6)
+        np.testing.assert_allclose(rows.dense_ND[0, [0, 1, 4, 5]], [1e6 - 2, 1, 0, 1], rtol=1e-6)
 
     def test_a_table_of_one_row_is_for_everything(self, tmp_path):
         schema = replace(SCHEMA, tables=(TABLES[0], TableIds(name="item", rows=1, ids="vocabulary")))

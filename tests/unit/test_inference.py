@@ -11,7 +11,7 @@ import torch
 from tests.small import rows, write_log
 from tests.unit.test_loader_threads import recording
 from triptych.datasets.fitted import Fitted
-from triptych.datasets.parquet.files import list_slices
+from triptych.datasets.parquet.listing import list_slices
 from triptych.datasets.schema import InputError
 from triptych.launch.config import load_recipe
 from triptych.launch.distributed import Ranks

@@ -14,7 +14,7 @@ import pytest
 from triptych.datasets.fitted import Fitted
 from triptych.datasets.loader import Loader, Tally
 from triptych.datasets.parquet.decode import Decoder
-from triptych.datasets.parquet.files import list_slices
+from triptych.datasets.parquet.listing import list_slices
 from triptych.datasets.row_groups import EpochOrder, ReadingPosition
 from triptych.datasets.schema import DataSection, Feature, Label, Schema, TableIds
 

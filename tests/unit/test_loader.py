@@ -14,7 +14,7 @@ from triptych.datasets.fitted import Fitted
 from triptych.datasets.ids import table_rows
 from triptych.datasets.loader import Loader
 from triptych.datasets.parquet.decode import Decoder
-from triptych.datasets.parquet.files import list_slices
+from triptych.datasets.parquet.listing import list_slices
 from triptych.datasets.row_groups import EpochOrder, ReadingPosition
 from triptych.datasets.schema import DataSection, Feature, Label, Schema, TableIds
 

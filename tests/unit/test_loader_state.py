@@ -10,7 +10,7 @@ import pytest
 
 from tests.unit.test_loader import SCHEMA, loader_of, schema_with, write_log
 from triptych.datasets.loader import Tally
-from triptych.datasets.parquet.files import list_slices
+from triptych.datasets.parquet.listing import list_slices
 from triptych.datasets.row_groups import ReadingPosition
 from triptych.datasets.schema import InputError
 
@@ -158,11 +158,11 @@ class TestTally:
         assert loader.tally.report()["capped"] == {"dwell": {"negative": 2, "above_cap": 2}}
 
     def test_it_reads_back_from_json(self):
-        tally = Tally({"a": "no file"}, {"b: row group 0": ("b", 7, "why")}, {"c: row group 1": {"dwell": (1, 2)}})
+        tally = Tally({"a": (3, "no file")}, {"b: row group 0": ("b", 7, "why")}, {"c: row group 1": {"dwell": (1, 2)}})
         again = Tally(**json.loads(json.dumps(asdict(tally))))
         assert again.report() == tally.report()
         again.update(tally)
         assert again.report() == {
-            "skipped": {"rows": 7, "files": 2, "reasons": ["no file", "why"]},
+            "skipped": {"rows": 10, "files": 2, "reasons": ["no file", "why"]},
             "capped": {"dwell": {"negative": 1, "above_cap": 2}},
         }

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.unit.test_loader import SCHEMA, cut, loader_of, logs, orders, rows_of, schema_with, write_log
 from triptych.datasets.loader import in_background
 from triptych.datasets.parquet.decode import Decoder
-from triptych.datasets.parquet.files import list_slices
+from triptych.datasets.parquet.listing import list_slices
 from triptych.datasets.row_groups import EpochOrder
 from triptych.datasets.schema import InputError
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triptych.datasets.parquet.files import SliceReader, list_slices, read_slices
+from triptych.datasets.parquet.files import SliceReader, read_slices
+from triptych.datasets.parquet.listing import list_slices
 from triptych.datasets.schema import DataSection, Feature, InputError, Label, Schema, TableIds
 
 ROWS, COLUMNS = 240, ["user", "page", "kind", "seen", "tags", "vector", "price"]

@@ -27,7 +27,7 @@ def main(
         with process_group() as ranks:
             schema = recipe.data_schema
             fitted = ranks.from_first(lambda: Fitted.load(run, schema))
-            split = Split(Path(data).stem, schema, recipe.tasks, given_files(schema, data), ranks, fitted)
+            split = Split(Path(data.partition("?")[0]).stem, schema, recipe.tasks, given_files(schema, data), ranks, fitted)
             built, step = load_run(run, recipe, fitted, ranks)
             metrics = split.evaluate(built.model, step, ProgressLines("evaluate", ranks.is_first))
             if metrics is not None:

@@ -106,22 +106,6 @@ def open_input(name: str) -> pa.NativeFile:
     return _reach(name, lambda: place.files.open_input_file(place.path))
 
 
-def size_of(name: str) -> int:
-    """Bytes of a file.
-
-    Raises:
-        InputError: not there, or a folder.
-        StorageError: not allowed, or not reached.
-    """
-    place = _place(name)
-    info = _reach(name, lambda: place.files.get_file_info(place.path))
-    if info.type == fs.FileType.NotFound:
-        raise _not_found(name)
-    if info.type == fs.FileType.Directory or info.size is None:
-        raise InputError(f"{name}: a folder, or a file of unknown size")
-    return int(info.size)
-
-
 def with_retries(name: str, action: Callable[[], T]) -> T:
     """`action()`, again after a pause where it raises OSError and `name` is a URL; not where a file is missing, denied or damaged.
 

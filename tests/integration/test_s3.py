@@ -22,7 +22,7 @@ from tests.small import write_log
 from triptych.datasets.schema import InputError
 from triptych.datasets.storage import access as storage
 from triptych.datasets.storage import filesystems
-from triptych.datasets.storage.access import StorageError, find_files, is_there, open_input, size_of, with_retries
+from triptych.datasets.storage.access import StorageError, find_files, is_there, open_input, with_retries
 
 TIMEOUT_SECONDS = 180
 TABLE = pa.table({"user": [f"user {i * 7919 % 10007}" for i in range(80_000)], "price": [i / 3 for i in range(80_000)]})
@@ -57,7 +57,7 @@ def refusal(function: Callable[..., object], *args: object, kind: type[InputErro
 
 
 def all_refusals(name: str) -> list[str]:
-    functions = (lambda name: find_files(LOG, name), is_there, open_input, size_of)
+    functions = (lambda name: find_files(LOG, name), is_there, open_input)
     return [refusal(function, name, kind=StorageError) for function in functions]
 
 
@@ -121,7 +121,7 @@ class TestRefusals:
         use(monkeypatch, free_port())
         options = f"?endpoint_override=127.0.0.1:{server}&scheme=http"
         assert find_files(LOG + options, "*.parquet") == find_files(".", LOG + options) == [FILE + options]
-        assert size_of(FILE + options) == len(open_input(FILE + options).read())
+        assert open_input(FILE + options).size() == len(open_input(FILE + options).read())
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{server}/")
         assert find_files(LOG, "*.parquet") == [FILE]
 
@@ -155,7 +155,6 @@ class TestDroppedConnections:
             (find_files, (LOG, "."), [FILE]),
             (find_files, (LOG, "*.parquet"), [FILE]),
             (is_there, (FILE,), True),
-            (size_of, (FILE,), open_input(FILE).size()),
         ):
             proxy.cut(2)
             assert function(*args) == expected and proxy.connections > 2

@@ -152,8 +152,9 @@ def looks_like_label(column: ColumnProfile) -> bool:
 
 def looks_like_duration(column: ColumnProfile) -> bool:
     """Many numbers from 0 up, nulls and NaN aside, and named like a duration."""
-    many = column.is_numeric and column.distinct > 20 and column.min is not None and column.max is not None
-    return many and 0 <= column.min <= column.max <= LARGEST and names.is_duration(column.name)
+    if not column.is_numeric or column.min is None or column.max is None:
+        return False
+    return column.distinct > 20 and 0 <= column.min <= column.max <= LARGEST and names.is_duration(column.name)
 
 
 def _scenario(profile: Profile, roles: Roles) -> str | None:

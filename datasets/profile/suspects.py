@@ -57,7 +57,7 @@ def _label_tests(column: ColumnProfile, roles: Roles, sample: Sample) -> Iterato
 
 def _tests(column: ColumnProfile, roles: Roles, sample: Sample, screen_K: np.ndarray) -> Iterator[Suspect]:
     """What speaks against a column, the gravest first."""
-    if roles.sides[column.name] == "context":
+    if roles.sides.get(column.name) == "context":
         yield from _outcome_with_nan(column)
     yield from _unusable(column)
     yield from _copies(column, roles, sample)

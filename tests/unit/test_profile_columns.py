@@ -2,8 +2,11 @@
 
 import math
 import statistics
+import subprocess
+import sys
 from collections import Counter
 from datetime import date, datetime
+from fractions import Fraction
 from itertools import pairwise
 
 import numpy as np
@@ -58,6 +61,19 @@ class TestColumn:
     def test_minus_zero_is_zero(self):
         found = tally("number", "number", [[0.0, -0.0], [-0.0, 1.0]])
         assert (found.distinct, found.top) == (2, [(0.0, 3), (1.0, 1)])
+
+    @pytest.mark.filterwarnings("error")
+    @some_examples
+    @given(st.lists(st.sampled_from([0.0, 1e-9, 1.0, 3.5e7, -1e154, 1e300, -1e300, 1.5e308]), min_size=1, max_size=20), st.integers(0, 20))
+    def test_of_huge_floats_does_not_overflow(self, values, middle):
+        found = tally("number", "number", cut(values, [middle]), pa.float64())
+        exact = [Fraction(value) for value in values]
+        mean = sum(exact) / len(exact)
+        variance = sum((value - mean) ** 2 for value in exact) / len(exact)
+        largest = max(map(abs, values))
+        assert found.mean == pytest.approx(float(mean), rel=1e-9, abs=1e-14 * largest)
+        scale = Fraction(largest or 1.0)
+        assert found.std == pytest.approx(math.sqrt(variance / scale**2) * float(scale), rel=1e-9, abs=1e-14 * largest)
 
     @some_examples
     @given(st.lists(st.one_of(st.integers(-5, 5), st.none()), max_size=60), st.lists(st.integers(0, 60), max_size=3))
@@ -152,6 +168,12 @@ class TestProfile:
         assert (columns["seen"].element, columns["seen"].empty_lists, columns["seen"].distinct, columns["seen"].nulls) == ("text", 2, 2, 1)
         assert (columns["t"].kind, columns["t"].top) == ("text", [("x", 2), ("y", 1)])
 
+    @pytest.mark.parametrize("names", [[""], ["", "hash"], ["hash", "x"]])
+    def test_a_column_may_have_any_name(self, tmp_path, names):
+        found = profile_files([write(tmp_path / "a.parquet", **{name: [i, i + 1, i + 1] for i, name in enumerate(names)})])
+        assert found.sample.column_names == names == list(found.columns)
+        assert [sorted(found.sample.column(name).to_pylist()) for name in names] == [[i, i + 1, i + 1] for i in range(len(names))]
+
     def test_progress_ends_with_all_rows(self, tmp_path):
         seen = []
         profile_files([write(tmp_path / "a.parquet", x=range(10))], progress=lambda done, total: seen.append((done, total)))
@@ -186,6 +208,35 @@ class TestRefusals:
         path.write_bytes(damaged)
         with pytest.raises(InputError, match=r"a\.parquet: cannot be read \(.*\)$"):
             profile_files([str(path)])
+
+
+FLIP_EACH_BIT = """
+import sys
+from pathlib import Path
+from triptych.datasets.profile.profile import profile_files
+from triptych.datasets.schema import InputError
+
+path = Path(sys.argv[1])
+content, refused = path.read_bytes(), 0
+for bit in range(8 * (len(content) - 8 - int.from_bytes(content[-8:-4], "little")), 8 * (len(content) - 8)):
+    damaged = bytearray(content)
+    damaged[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(damaged)
+    try:
+        profile_files([str(path)])
+    except InputError as error:
+        assert str(error).startswith(f"{path}:") and chr(10) not in str(error), error
+        refused += 1
+print(refused)
+"""
+
+
+def test_a_damaged_footer_is_refused_and_ends_no_process(tmp_path):
+    """Arrow ends the process when it is asked for the sizes of a damaged column chunk."""
+    path = write(tmp_path / "a.parquet", x=[1, 2, 3])
+    done = subprocess.run([sys.executable, "-c", FLIP_EACH_BIT, path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2_000:]
+    assert int(done.stdout) > 100
 
 
 class TestSample:

@@ -118,14 +118,6 @@ class TestRoles:
         assert "an attribute, no label" in found.roles.why["is_subscribed"]
         assert "is_subscribed" in {feature.column for feature in found.features}
 
-    def test_a_label_with_nulls_is_no_task(self, tmp_path):
-        follow = np.random.default_rng(1).integers(0, 2, 4_000)
-        found = suggestion(tmp_path / "log", follow=pa.array(follow, mask=np.arange(4_000) == 5))
-        assert [task.label for task in found.tasks] == ["click", "buy", "dwell_ms"]
-        assert [(s.column, s.reason) for s in found.suspects] == [
-            ("follow", "looks like a label, but has 1 nulls: drop those rows to make it a task")
-        ]
-
     def test_further_labels_are_tasks_by_frequency_or_comments_but_never_features(self, tmp_path):
         rng = np.random.default_rng(1)
         rates = {"share": 0.1, "like": 0.3, "follow": 0.2, "comment": 0.15, "report": 0.0005}

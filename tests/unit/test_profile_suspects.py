@@ -153,6 +153,21 @@ class TestSuspects:
     def test_a_copy_of_a_label_whatever_its_values(self, tmp_path, mapping):
         assert suspects(tmp_path, q=np.array(mapping)[log()["click"]])["q"].reason == "is a copy of the label click"
 
+    def test_a_leak_and_a_copy_of_a_label_with_nulls(self, tmp_path):
+        rng = np.random.default_rng(1)
+        follow, hole = rng.integers(0, 2, ROWS), np.arange(ROWS) % 3 > 0
+        found = suspects(
+            tmp_path,
+            follow=pa.array(follow, mask=hole),
+            q=follow * 4 + rng.normal(size=ROWS),
+            r=pa.array(np.array([5, 9])[follow], mask=hole),
+            basket=follow * ~hole * (rng.random(ROWS) < 0.2) * rng.integers(5, 90, ROWS),
+        )
+        assert list(found) == ["q", "r", "basket"]
+        assert found["q"].reason.startswith("alone predicts follow with AUC 0.99")
+        assert found["r"].reason == "is a copy of the label follow"
+        assert found["basket"].reason.startswith("is set only where follow is 1")
+
     def test_a_label_twice(self, tmp_path):
         found = suspects(tmp_path, label_click=log()["click"])
         assert found["label_click"].reason == "is a copy of the label click"

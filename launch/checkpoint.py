@@ -259,7 +259,10 @@ class Reader:
 
 def open_newest(checkpoints: Path) -> Iterator[Reader]:
     """Committed checkpoints, newest first; a damaged one is named, set aside as `step_N.damaged`, and passed over. Collective."""
-    for folder in reversed(committed(checkpoints)):
+    # One list for all: a rank that lists later would miss what the first has already set aside.
+    found: list[Any] = [[folder.name for folder in reversed(committed(checkpoints))]]
+    dist.broadcast_object_list(found)
+    for folder in (checkpoints / name for name in found[0]):
         try:
             yield Reader(folder)
         except InputError as error:

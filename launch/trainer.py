@@ -43,7 +43,8 @@ class Trainer:
         if ranks.is_first:
             claim(run, resume=resume)
             self.lock = lock(run)
-        schema, goes_on = recipe.data_schema, resume and bool(checkpoint.committed(self.checkpoints))
+        schema = recipe.data_schema
+        goes_on = ranks.from_first(lambda: resume and bool(checkpoint.committed(self.checkpoints)))
         train_files = split_files(schema, str(recipe.data.train))
         self.listing = ranks.from_first(lambda: list_slices(schema, train_files, labels=True))
         self.fitted = ranks.from_first(lambda: Fitted.load(run, schema)) if goes_on else self._fit()

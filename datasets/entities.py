@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .fitted import Fitted
-from .ids import keyed_codes, whole_ids
+from .ids import keyed_codes
 from .parquet.decode import Decoder, plain_column
-from .parquet.files import may_skip, open_file, read_slices
+from .parquet.files import open_file, read_slices
 from .parquet.listing import list_slices
 from .row_groups import Slice
 from .schema import Feature, InputError, Schema
-
-logger = logging.getLogger(__name__)
 
 ROW_GROUP_ROWS = 20_000
 
@@ -60,14 +57,11 @@ def write_entities(schema: Schema, fitted: Fitted, paths: list[str], id_feature:
     decoder = Decoder(schema, fitted, labels=False, skip_features=others)
     columns = list(dict.fromkeys(decoder.columns + ([time] if time else [])))
     held: pa.Table | None = None
-    for part, table in read_slices(schema, listing.slices, columns):
-        try:
-            _check(table, feature, decoder, part, columns)
-        except InputError as error:
-            if not may_skip(schema, error):
-                raise
-            logger.warning("skipped %d rows: %s", part.rows, error)
-            continue
+
+    def check(part: Slice, table: pa.Table) -> None:
+        _check(table, feature, decoder, part, columns)
+
+    for part, table in read_slices(schema, listing.slices, columns, check):
         plain = pa.table({column: plain_column(table, column) for column in columns})
         held = _newest_of_each(_joined(held, plain, str(part)), feature.column, time)
     if held is None:
@@ -76,7 +70,7 @@ def write_entities(schema: Schema, fitted: Fitted, paths: list[str], id_feature:
     if key is None:
         held = held.sort_by(feature.column)
     else:
-        held = held.take(pa.array(np.argsort(keyed_codes(whole_ids(plain_column(held, feature.column)), key))))
+        held = held.take(pa.array(np.argsort(keyed_codes(plain_column(held, feature.column), key))))
     out.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(held, out, row_group_size=ROW_GROUP_ROWS, compression="zstd", write_page_checksum=True)
     return len(held)

@@ -81,6 +81,8 @@ def string_codes(strings: pa.Array) -> np.ndarray:
 
 def keyed_codes(values: pa.Array, key: bytes) -> np.ndarray:
     """uint64 [N]: keyed BLAKE2b (RFC 7693) of each id's decimal or UTF-8 text. Without the key nobody can try ids out."""
+    if not (is_text(values.type) or pa.types.is_integer(values.type)):
+        values = values.cast(pa.int64())  # so that an id has one text, whatever holds it
     encoded = values.dictionary_encode()
     texts = encoded.dictionary.cast(pa.large_string()).cast(pa.large_binary())
     codes = b"".join(hashlib.blake2b(text.as_py(), digest_size=8, key=key).digest() for text in texts)
@@ -89,12 +91,7 @@ def keyed_codes(values: pa.Array, key: bytes) -> np.ndarray:
 
 def hashed_ids(values: pa.Array, key: bytes) -> pa.Array:
     """Strings [N]: the keyed codes of whole numbers or strings, in hexadecimal."""
-    return pa.array([f"{code:016x}" for code in keyed_codes(whole_ids(values), key).tolist()], pa.string())
-
-
-def whole_ids(values: pa.Array) -> pa.Array:
-    """Ids that floats hold as the integers they are, so that an id has one text."""
-    return values.cast(pa.int64()) if pa.types.is_floating(values.type) else values
+    return pa.array([f"{code:016x}" for code in keyed_codes(values, key).tolist()], pa.string())
 
 
 def _integers(values: pa.Array, feature: Feature, where: str) -> np.ndarray:
@@ -128,7 +125,9 @@ def table_rows(values: pa.Array, feature: Feature, table: TableIds, fitted: Fitt
     if len(values) == 0:
         return np.zeros(0, np.int64)
     if table.name in fitted.keys:
-        return (keyed_codes(_whole(values, feature, where), fitted.keys[table.name]) % np.uint64(table.rows)).view(np.int64)
+        if not is_text(values.type):
+            _integers(values, feature, where)  # names the column of what is no whole number
+        return (keyed_codes(values, fitted.keys[table.name]) % np.uint64(table.rows)).view(np.int64)
     if table.ids == "vocabulary":
         return fitted.vocabularies[table.name].rows_of(id_codes(values, feature, where))
     if table.ids == "hash":
@@ -149,11 +148,6 @@ def table_rows(values: pa.Array, feature: Feature, table: TableIds, fitted: Fitt
             f"'{table.name}' of {table.rows} rows ({len(bad)} such values); raise its rows or use ids = \"hash\""
         )
     return rows
-
-
-def _whole(values: pa.Array, feature: Feature, where: str) -> pa.Array:
-    """Floats and booleans become the integers they hold, so that an id has one text."""
-    return values if is_text(values.type) or pa.types.is_integer(values.type) else pa.array(_integers(values, feature, where))
 
 
 def bucketise(number_N: np.ndarray, feature: Feature) -> pa.Array:

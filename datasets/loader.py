@@ -183,9 +183,9 @@ class Loader:
             "data.shuffle": self.shuffle,
             "data.shuffle_row_groups": self.window,
             "data.memory_mb": self.schema.data.memory_mb,
-            "the cut of row groups into slices, which follows the columns that are read,": cuts(self.slices),
         }
-        return {"epoch": position.epoch, "row": position.row, "files": fingerprint(self.slices), "order": order}
+        files, cut = fingerprint(self.slices), cuts(self.slices)
+        return {"epoch": position.epoch, "row": position.row, "files": files, "order": order, "cuts": cut}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> ReadingPosition:
         """Where another loader stood.
@@ -202,6 +202,11 @@ class Loader:
                 raise InputError(
                     f"'{key}' differs from the recipe of this checkpoint ({then} then, {value} now); restore it or start another run"
                 )
+        if state["row"] and state["cuts"] != now["cuts"]:
+            raise InputError(
+                "the cut of row groups into slices differs from this checkpoint's, as other columns are read; restore the recipe's columns"
+                " or start another run"
+            )
         return ReadingPosition(state["epoch"], state["row"])
 
     def batches(self, position: ReadingPosition | None = None, steps: int | None = None) -> Iterator[Batch]:

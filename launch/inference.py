@@ -73,7 +73,7 @@ def check_data(recipe: Recipe, *, rows: bool = True) -> None:
     if data.items and recipe.retrieval:
         others = [f.name for f in schema.features if f.side != "item"]
         items = list_slices(schema, split_files(schema, data.items), labels=False, skip_features=others, types=types)
-        if rows:
+        if rows and data.on_bad_file == "fail":
             _check_catalogue(schema, items, schema.feature(recipe.retrieval.item))
 
 
@@ -95,7 +95,7 @@ def _check_rows(schema: Schema, valid: Listing) -> None:
 def _check_catalogue(schema: Schema, items: Listing, item: Feature) -> None:
     for part, table in read_slices(schema, items.slices, [item.column]):
         nulls = table.column(item.column).null_count
-        if nulls and schema.data.on_bad_file == "fail":
+        if nulls:
             raise InputError(f"{part}: column '{item.column}' has {nulls} nulls; every item of the catalogue needs an id")
 
 

@@ -104,7 +104,8 @@ def binary_metrics(probability_N, label_N, group_N=None, weight_N=None) -> dict[
     probability_N, label_N, weight_N, group_N = _counted_rows(probability_N, label_N, weight_N, group_N, binary=True)
     rows = probability_N, label_N, weight_N
     metrics = {"rows": len(label_N), "positives": int(np.sum(label_N)), "auc": auc(*rows)}
-    metrics |= {} if group_N is None else {"gauc": grouped_auc(probability_N, label_N, group_N, weight_N)}
+    if group_N is not None:
+        metrics["gauc"] = grouped_auc(probability_N, label_N, group_N, weight_N)
     return metrics | {"ne": normalized_entropy(*rows), "logloss": log_loss(*rows), "calibration": calibration(*rows)}
 
 

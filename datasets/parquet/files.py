@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
 import pyarrow as pa
@@ -182,16 +182,22 @@ class SliceReader:
         )  # fmt: skip
 
 
-def read_slices(schema: Schema, slices: Sequence[Slice], columns: Sequence[str]) -> Iterator[tuple[Slice, pa.Table]]:
-    """Every slice with its rows, one after the other; with `on_bad_file = "skip"` without those that cannot be read.
+def read_slices(
+    schema: Schema, slices: Sequence[Slice], columns: Sequence[str], check: Callable[[Slice, pa.Table], object] | None = None
+) -> Iterator[tuple[Slice, pa.Table]]:
+    """Every slice with its rows, one after the other; with `on_bad_file = "skip"` without those that are bad.
 
+    Args:
+        check: raises InputError for rows that are bad although they can be read.
     Raises:
-        InputError, OSError: as SliceReader.read.
+        InputError, OSError: as SliceReader.read; and what `check` raises.
     """
     reader = SliceReader(columns)
     for part in slices:
         try:
             table = reader.read(part)
+            if check is not None:
+                check(part, table)
         except InputError as error:
             if not may_skip(schema, error):
                 raise

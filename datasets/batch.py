@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -17,7 +17,7 @@ class Batch(Pipelineable):
     """
 
     ids: KeyedJaggedTensor
-    """Rows of tables, keyed by feature name, feature-major."""
+    """Rows of tables, keyed by feature name, feature-major. Of dynamic tables, ids, until they are mapped to rows."""
     dense_BD: torch.Tensor
     labels_BT: torch.Tensor
     """float32; durations in seconds, capped. 0 where unknown."""
@@ -26,9 +26,11 @@ class Batch(Pipelineable):
     weight_B: torch.Tensor
     row_B: torch.Tensor
     """int64; the row's number in its split, in file order."""
+    fresh_A3: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 3, dtype=torch.int64))
+    """int64; number of a dynamic table, row, id: rows that begin anew with this batch, of all ranks."""
 
     def _map(self, move) -> Batch:
-        return Batch(**{field.name: move(getattr(self, field.name)) for field in fields(self)})
+        return Batch(**{part.name: move(getattr(self, part.name)) for part in fields(self)})
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         return self._map(lambda part: part.to(device=device, non_blocking=non_blocking))
@@ -37,5 +39,5 @@ class Batch(Pipelineable):
         return self._map(lambda part: part.pin_memory())
 
     def record_stream(self, stream: torch.Stream) -> None:
-        for field in fields(self):
-            getattr(self, field.name).record_stream(stream)
+        for part in fields(self):
+            getattr(self, part.name).record_stream(stream)

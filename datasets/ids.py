@@ -114,7 +114,7 @@ def id_codes(values: pa.Array, feature: Feature, where: str) -> np.ndarray:
 
 
 def table_rows(values: pa.Array, feature: Feature, table: TableIds, fitted: Fitted, where: str) -> np.ndarray:
-    """Rows of a table for ids without nulls, int32 or int64 [N].
+    """Rows of a table for ids without nulls, int32 or int64 [N]; of a dynamic table, whose rows change with time, the ids themselves.
 
     Args:
         values: integers, strings, or floats that hold whole numbers.
@@ -128,6 +128,8 @@ def table_rows(values: pa.Array, feature: Feature, table: TableIds, fitted: Fitt
         if not is_text(values.type):
             _integers(values, feature, where)  # names the column of what is no whole number
         return (keyed_codes(values, fitted.keys[table.name]) % np.uint64(table.rows)).view(np.int64)
+    if table.ids == "dynamic":
+        return id_codes(values, feature, where)
     if table.ids == "vocabulary":
         return fitted.vocabularies[table.name].rows_of(id_codes(values, feature, where))
     if table.ids == "hash":

@@ -70,18 +70,25 @@ class TableIds(Section):
 
     name: str
     rows: PositiveInt
-    ids: Literal["hash", "index", "vocabulary"] = "hash"
+    ids: Literal["hash", "index", "vocabulary", "dynamic"] = "hash"
     """hash: any integer or string, modulo rows after mixing. index: the integer is the row. vocabulary: the values of the training files,
-    the most frequent ones if rows do not suffice, have a row each; row 0 stands for all others."""
+    the most frequent ones if rows do not suffice, have a row each; row 0 stands for all others. dynamic: an id gets a row of its own when
+    training meets it, and may lose it to another when the table is full; row 0 stands for ids without one."""
     min_count: PositiveInt = 1
-    """vocabulary: values that occur less often share row 0."""
+    """vocabulary and dynamic: ids that occur less often share row 0."""
+    eviction: Literal["distance_lfu", "lru", "lfu"] = "distance_lfu"
+    """dynamic: who loses its row: the lowest frequency over time unseen, the longest unseen, or the least frequent."""
     key_file: str | None = None
     """hash: a file with a secret of at least 16 bytes. Ids are hashed with it, and exports hold the hashes instead of the ids."""
 
     @model_validator(mode="after")
     def _keys_go_with_ids(self) -> TableIds:
-        if self.ids != "vocabulary" and self.min_count != 1:
-            raise ValueError(f"table '{self.name}': min_count goes with ids = 'vocabulary'")
+        if self.ids not in ("vocabulary", "dynamic") and self.min_count != 1:
+            raise ValueError(f"table '{self.name}': min_count goes with ids = 'vocabulary' or 'dynamic'")
+        if self.ids != "dynamic" and self.eviction != "distance_lfu":
+            raise ValueError(f"table '{self.name}': eviction goes with ids = 'dynamic'")
+        if self.ids == "dynamic" and self.rows < 2:
+            raise ValueError(f"table '{self.name}': dynamic ids need at least 2 rows")
         if self.ids != "hash" and self.key_file is not None:
             raise ValueError(f"table '{self.name}': key_file goes with ids = 'hash'")
         return self
@@ -97,9 +104,14 @@ class Feature(Section):
     """id: one id a row. ids: a list of ids. dense: a number. vector: a list of `size` numbers."""
     table: str | None = None
     side: Literal["user", "item", "context"] = "context"
-    pooling: Literal["mean", "sum"] = "mean"
+    pooling: Literal["mean", "sum", "attention"] = "mean"
+    """ids. attention: a sum weighted by how each id meets the `target` (Zhou et al., KDD 2018)."""
     max_length: PositiveInt | None = None
     """ids: keep only the last `max_length` of a list."""
+    target: str | None = None
+    """attention: the id feature of the same table that lists are held against; the item's, unless given."""
+    positions: bool = False
+    """attention: a learned vector for each place in the list, counted from its end. Needs `max_length`."""
     transform: Literal["none", "log1p", "standard", "quantile"] = "none"
     """dense and vector. standard: mean 0 and standard deviation 1. quantile: the share of training values below, 0 to 1. Both are fitted
     on the training files."""
@@ -127,6 +139,8 @@ class Feature(Section):
             "table": ("id", "ids"),
             "pooling": ("ids",),
             "max_length": ("ids",),
+            "target": ("ids",),
+            "positions": ("ids",),
             "transform": ("dense", "vector"),
             "scale": ("dense", "vector"),
             "buckets": ("id",),
@@ -134,6 +148,11 @@ class Feature(Section):
             "size": ("vector",),
         }
         reject_foreign_keys(self, f"feature '{self.name}'", goes_with)
+        for key in ("target", "positions"):
+            if getattr(self, key) and self.pooling != "attention":
+                raise ValueError(f"feature '{self.name}': {key} goes with pooling = 'attention'")
+        if self.positions and self.max_length is None:
+            raise ValueError(f"feature '{self.name}': positions needs max_length")
         if self.kind == "vector" and self.size is None:
             raise ValueError(f"feature '{self.name}' of kind 'vector' needs a size")
         if self.buckets is not None and list(self.buckets) != sorted(set(self.buckets)):
@@ -211,6 +230,9 @@ class Schema:
                 raise ValueError(f"feature '{feature.name}': no table '{feature.table}'{nearest(feature.table, names)}")
             if feature.column in label_columns:
                 raise ValueError(f"feature '{feature.name}' reads '{feature.column}', which is a task's label: it would leak")
+        for feature in self.features:
+            if feature.pooling == "attention":
+                self.target(feature)
         used = {feature.table for feature in self.features}
         for name in names:
             if name not in used:
@@ -234,6 +256,23 @@ class Schema:
             found.append(position[label.given])
             label = parent
         return found
+
+    def target(self, feature: Feature) -> Feature:
+        """What a list feature with attention is held against.
+
+        Raises:
+            ValueError: there is none, or it does not fit.
+        """
+        ids = [f for f in self.features if f.kind == "id" and f.table == feature.table]
+        if feature.target is not None:
+            found = [f for f in ids if f.name == feature.target]
+            problem = f"target = '{feature.target}' is no feature of kind 'id' of table '{feature.table}'"
+        else:
+            found = [f for f in ids if f.side == "item"]
+            problem = f"pooling = 'attention' needs a target: table '{feature.table}' has no feature of kind 'id' and side 'item'"
+        if not found:
+            raise ValueError(f"feature '{feature.name}': {problem}")
+        return found[0]
 
     @property
     def id_features(self) -> list[Feature]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.modules.regroup import KTRegroupAsDict
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
-from ..datasets.schema import SIDES, Schema
+from ..datasets.schema import SIDES, Feature, Schema
+from .pooling import TargetAttention, pool_mean, pool_sum
+from .tables import Collections, is_sequence_table
+
+ALONE = "_alone"
+"""Ends the name of what is pooled without looking at the other side, where attention looks there."""
 
 
 class MeanPooling(nn.Module):
@@ -17,22 +21,50 @@ class MeanPooling(nn.Module):
     TorchRec's own mean pooling divides lists of the other tables twice as soon as one table of the plan is row-wise.
     """
 
-    def __init__(self, dims: dict[str, int], schema: Schema) -> None:
+    def __init__(self, dims: dict[str, int], groups: dict[str, list[str]], lists: set[str]) -> None:
         super().__init__()
         self.lists: list[tuple[str, str, slice]] = []
-        for side in SIDES:
+        for group, names in groups.items():
             start = 0
-            for feature in (f for f in schema.features if f.is_id and f.side == side):
-                stop = start + dims[feature.name]
-                if feature.kind == "ids" and feature.pooling == "mean":
-                    self.lists.append((side, feature.name, slice(start, stop)))
+            for name in names:
+                stop = start + dims[name.removesuffix(ALONE)]
+                if name in lists:
+                    self.lists.append((group, name, slice(start, stop)))
                 start = stop
 
     def forward(self, ids: KeyedJaggedTensor, sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        shares = {side: torch.ones_like(sum_BD) for side, sum_BD in sums.items()}
-        for side, name, columns in self.lists:
-            shares[side][:, columns] = 1.0 / ids[name].lengths().clamp(min=1).unsqueeze(1)
-        return {side: sum_BD * shares[side] for side, sum_BD in sums.items()}
+        shares = {group: torch.ones_like(sum_BD) for group, sum_BD in sums.items()}
+        for group, name, columns in self.lists:
+            shares[group][:, columns] = 1.0 / ids[name].lengths().clamp(min=1).unsqueeze(1)
+        return {group: sum_BD * shares[group] for group, sum_BD in sums.items()}
+
+
+class SequencePooling(nn.Module):
+    """Single vectors -> one a row and feature, for the features of tables that an attention reads."""
+
+    def __init__(self, schema: Schema, dims: dict[str, int], layers: tuple[int, ...]) -> None:
+        super().__init__()
+        self.features = [f for f in schema.features if f.is_id and is_sequence_table(str(f.table), schema)]
+        self.targets = {f.name: schema.target(f).name for f in self.features if f.pooling == "attention"}
+        self.attention = nn.ModuleDict(
+            {
+                f"list_{f.name}": TargetAttention(dims[f.name], layers=layers, positions=int(f.max_length or 0) if f.positions else 0)
+                for f in self.features
+                if f.name in self.targets
+            }
+        )
+
+    def forward(self, single: dict[str, JaggedTensor]) -> KeyedTensor:
+        pooled: dict[str, torch.Tensor] = {}
+        for feature in self.features:
+            vector_MD, lengths_B = single[feature.name].values().float(), single[feature.name].lengths()
+            pool = pool_sum if feature.kind == "id" or feature.pooling == "sum" else pool_mean
+            pooled[feature.name] = pool(vector_MD, lengths_B)
+        for name, target in self.targets.items():
+            pooled[name + ALONE] = pooled[name]
+            attend = self.attention[f"list_{name}"]
+            pooled[name] = attend(pooled[target], single[name].values().float(), single[name].lengths())
+        return KeyedTensor.from_tensor_list(list(pooled), list(pooled.values()))
 
 
 class Lookup(nn.Module):
@@ -41,17 +73,50 @@ class Lookup(nn.Module):
     Only calls its submodules, because the training pipeline traces it with torch.fx.
 
     Shapes:
-        input: ids of B rows. output: {side: [B, sum of the dims of the side's features]}, without sides that have none.
+        input: ids of B rows. output: {side: [B, sum of the dims of the side's features]}, without sides that have none. A side with
+        attention is there twice: as `side`, and as `side_alone` with means in place of attention, for what may not see the target.
     """
 
-    def __init__(self, embedding_bags: EmbeddingBagCollection, schema: Schema) -> None:
+    def __init__(self, collections: Collections, schema: Schema, attention_layers: tuple[int, ...] = (64, 32)) -> None:
         super().__init__()
-        names = {side: [f.name for f in schema.features if f.is_id and f.side == side] for side in SIDES}
-        sides = [side for side in SIDES if names[side]]
-        self.embedding_bags = embedding_bags
-        self.regroup = KTRegroupAsDict([names[side] for side in sides], sides)
-        dims = {name: config.embedding_dim for config in embedding_bags.embedding_bag_configs() for name in config.feature_names}
-        self.mean_pooling = MeanPooling(dims, schema)
+        self.embedding_bags, self.embeddings = collections
+        dims = _dims(collections)
+        groups = _groups(schema)
+        self.regroup = KTRegroupAsDict(list(groups.values()), list(groups))
+        means = {f.name for f in schema.features if f.kind == "ids" and f.pooling == "mean"}
+        sequence_features = {f.name for f in schema.features if f.is_id and is_sequence_table(str(f.table), schema)}
+        self.mean_pooling = MeanPooling(dims, groups, means - sequence_features)
+        if self.embeddings is not None:
+            self.sequence_pooling = SequencePooling(schema, dims, attention_layers)
 
     def forward(self, ids: KeyedJaggedTensor) -> dict[str, torch.Tensor]:
-        return self.mean_pooling(ids, self.regroup([self.embedding_bags(ids)]))
+        pooled = []
+        if self.embedding_bags is not None:
+            pooled.append(self.embedding_bags(ids))
+        if self.embeddings is not None:
+            pooled.append(self.sequence_pooling(self.embeddings(ids)))
+        return self.mean_pooling(ids, self.regroup(pooled))
+
+
+def _dims(collections: Collections) -> dict[str, int]:
+    """{feature: width of its vector}."""
+    bags, sequences = collections
+    configs = [*(bags.embedding_bag_configs() if bags else ()), *(sequences.embedding_configs() if sequences else ())]
+    return {name: config.embedding_dim for config in configs for name in config.feature_names}
+
+
+def _groups(schema: Schema) -> dict[str, list[str]]:
+    """{side, and side_alone where that differs: the features that make it up}."""
+    groups: dict[str, list[str]] = {}
+    for side in SIDES:
+        features = [f for f in schema.features if f.is_id and f.side == side]
+        if features:
+            groups[side] = [f.name for f in features]
+        if any(f.pooling == "attention" for f in features):
+            groups[side + ALONE] = [alone(f) for f in features]
+    return groups
+
+
+def alone(feature: Feature) -> str:
+    """The name of a feature's vector that depends on its own side only."""
+    return feature.name + ALONE if feature.pooling == "attention" else feature.name

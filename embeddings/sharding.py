@@ -1,131 +1,86 @@
-"""Which rank holds which part of which table: sharder, constraints, topology, planner, DistributedModelParallel."""
+"""Tables -> parts on every rank: sharders, DistributedModelParallel, and the parts' weights."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
-from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.types import ShardingPlan, ShardingType
 
-from ..datasets.schema import InputError
-from .optimizer import TableOptimizer, fused_params
+from .optimizer import TableTraining
 from .tables import PREFIX, EmbeddingTable, fill_table
 
-MEMORY_RESERVED = 0.2
-"""Share of a rank's memory that the planner leaves to batches, activations and dense weights."""
+Comms = Literal["fp32", "fp16"]
+IN_BAGS, IN_SEQUENCES = ".embedding_bags.", ".embeddings."
+"""Parts of the names of what belongs to a table, by the collection that holds it."""
 
 
-class Sharder(EmbeddingBagCollectionSharder):
-    """TorchRec's sharder, with row-wise sharding on CPU too: gloo serves it, only the stock list leaves it out."""
+class BagSharder(EmbeddingBagCollectionSharder):
+    """TorchRec's sharder, with row-wise and table-row-wise sharding on CPU too: gloo serves them, only the stock list leaves them out."""
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
-        return list(dict.fromkeys([*super().sharding_types(compute_device_type), ShardingType.ROW_WISE.value]))
+        ours = [ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value]
+        return list(dict.fromkeys([*super().sharding_types(compute_device_type), *ours]))
 
 
-def _allowed(table: EmbeddingTable, optimizer: TableOptimizer) -> list[str]:
-    if table.sharding == "column_wise" and optimizer == "rowwise_adagrad":
-        raise InputError(
-            f'table \'{table.name}\': sharding = "column_wise" needs train.embedding_optimizer = "adagrad" or "sgd": '
-            "row-wise Adagrad would keep one accumulator a column shard and train another model"
-        )
-    if table.sharding != "auto":
-        return [table.sharding]
-    return ["table_wise", "row_wise", "data_parallel"]
+def sharders(training: TableTraining, comms: Comms = "fp32", device: torch.device | None = None, *, prefetches: bool = False) -> list[Any]:
+    """One for each collection.
+
+    Args:
+        comms: width of the vectors and gradients that ranks exchange.
+        prefetches: the training pipeline brings rows into the caches of `uvm_caching` tables ahead of need.
+    """
+    codecs = None
+    if comms == "fp16":
+        config = QCommsConfig(forward_precision=CommType.FP16, backward_precision=CommType.FP16)
+        codecs = get_qcomm_codecs_registry(config, device=device)
+    fused_params = training.fused_params() | ({"prefetch_pipeline": True} if prefetches else {})
+    common: dict[str, Any] = {"fused_params": fused_params, "qcomm_codecs_registry": codecs}
+    return [BagSharder(**common), EmbeddingCollectionSharder(**common, use_index_dedup=False)]
 
 
-def constraints(tables: Sequence[EmbeddingTable], optimizer: TableOptimizer) -> dict[str, ParameterConstraints]:
-    return {
-        PREFIX + table.name: ParameterConstraints(
-            sharding_types=_allowed(table, optimizer),
-            # Tables in the device's own memory: on CUDA the planner could also choose UVM, caches and SSD.
-            compute_kernels=[EmbeddingComputeKernel.FUSED.value, EmbeddingComputeKernel.DENSE.value],
-            # Half the width, so that two ranks share a column-wise table.
-            min_partition=max(4, table.dim // 2 // 4 * 4) if table.sharding == "column_wise" else None,
-        )
-        for table in tables
-    }
-
-
-def topology(device: torch.device, world_size: int, local_world_size: int) -> Topology:
-    """What this machine has, split evenly among its ranks; TorchRec's default is a V100 host."""
-    host_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local_world_size
-    device_memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    return Topology(
-        world_size=world_size, local_world_size=local_world_size, compute_device=device.type, hbm_cap=device_memory, ddr_cap=host_memory
-    )
+def prefetches(tables: Sequence[EmbeddingTable], device: torch.device) -> bool:
+    """Whether tables have caches to bring rows into. On CPU there is one memory."""
+    return device.type == "cuda" and any(table.memory == "uvm_caching" for table in tables)
 
 
 def shard(
     model: nn.Module,
+    plan: ShardingPlan,
     tables: Sequence[EmbeddingTable],
+    training: TableTraining,
     *,
     device: torch.device,
-    local_world_size: int,
-    batch_size: int,
-    optimizer: TableOptimizer,
-    lr: float,
-    eps: float,
     seed: int,
+    comms: Comms = "fp32",
 ) -> DistributedModelParallel:
-    """Plan, shard and initialise a model whose tables are on meta. Collective: every rank calls it.
+    """Shard and initialise a model whose tables are on meta. Collective: every rank calls it with the same plan.
 
     The initial table weights depend on `seed` alone, not on the plan; the dense weights of rank 0 go to all ranks.
-
-    Raises:
-        InputError: the tables do not fit, or a table's sharding contradicts its optimizer.
     """
-    sharder = Sharder(fused_params=fused_params(optimizer, lr, eps))
-    planner = EmbeddingShardingPlanner(
-        topology=topology(device, dist.get_world_size(), local_world_size),
-        batch_size=batch_size,
-        constraints=constraints(tables, optimizer),
-        storage_reservation=FixedPercentageStorageReservation(MEMORY_RESERVED),
-    )
-    try:
-        plan = planner.collective_plan(model, [sharder], dist.group.WORLD)
-    except PlannerError as error:
-        gibibytes = sum(table.rows * table.dim * 4 for table in tables) / 2**30
-        raise InputError(
-            f"no sharding plan fits: tables of {gibibytes:.2f} GiB (weights alone) over {dist.get_world_size()} ranks; "
-            'use more ranks, fewer rows, a smaller dim, or sharding = "auto"'
-        ) from error
-    sharded = DistributedModelParallel(model, device=device, plan=plan, sharders=[sharder])
+    their_sharders = sharders(training, comms, device, prefetches=prefetches(tables, device))
+    sharded = DistributedModelParallel(model, device=device, plan=plan, sharders=their_sharders)
     weights = table_weights(sharded)
     for table in tables:
-        fill_table(weights[table.name], table, seed)
+        if table.ids != "dynamic":  # there a row begins when an id gets it
+            fill_table(weights[table.name], table, seed)
     return sharded
+
+
+def of_table(name: str) -> str | None:
+    """The table that a named weight, or a part of an optimizer's state, belongs to; None for what is dense."""
+    if IN_BAGS not in name and IN_SEQUENCES not in name:
+        return None
+    return next(part.removeprefix(PREFIX) for part in name.split(".") if part.startswith(PREFIX))
 
 
 def table_weights(model: nn.Module) -> dict[str, torch.Tensor | ShardedTensor]:
     """{table: weight}, sharing memory with the tables: a ShardedTensor, or a plain tensor where every rank holds it whole."""
-    return {name.split(".")[-2].removeprefix(PREFIX): weight for name, weight in model.state_dict().items() if ".embedding_bags." in name}
-
-
-def describe(plan: ShardingPlan) -> dict[str, Any]:
-    """The plan as JSON: {table: {"sharding", "kernel", "shards": [{"rank", "rows", "columns", "offset"}]}}."""
-    described: dict[str, Any] = {}
-    for module_plan in plan.plan.values():
-        for table, parameter in module_plan.items():
-            spec = parameter.sharding_spec
-            shards = [
-                {"rank": s.placement.rank(), "rows": s.shard_sizes[0], "columns": s.shard_sizes[1], "offset": list(s.shard_offsets)}
-                for s in (spec.shards if spec is not None else [])
-            ]
-            described[table.removeprefix(PREFIX)] = {
-                "sharding": parameter.sharding_type,
-                "kernel": parameter.compute_kernel,
-                "ranks": parameter.ranks,
-                "shards": shards,
-            }
-    return described
+    return {table: weight for name, weight in model.state_dict().items() if (table := of_table(name)) is not None}

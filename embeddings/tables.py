@@ -1,19 +1,21 @@
-"""Recipe tables -> an EmbeddingBagCollection on meta, and initial weights that no sharding plan changes."""
+"""Recipe tables -> TorchRec collections on meta, and initial weights that no sharding plan changes."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import Field, PositiveFloat, field_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, field_validator, model_validator
 from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, EmbeddingConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from ..datasets.schema import Schema, TableIds
 
+Sharding = Literal["auto", "table_wise", "row_wise", "column_wise", "table_row_wise", "data_parallel"]
+Memory = Literal["device", "uvm", "uvm_caching"]
 INIT_BLOCK_ROWS = 1 << 16
 PREFIX = "table_"
 """Before a table's name in the model, where a module may not be called `items` or `keys`."""
@@ -28,7 +30,17 @@ class EmbeddingTable(TableIds):
     """Width of a vector; a multiple of 4."""
     init: PositiveFloat = 0.01
     """Standard deviation of the initial weights."""
-    sharding: Literal["auto", "table_wise", "row_wise", "column_wise", "data_parallel"] = "auto"
+    dtype: Literal["fp32", "fp16"] = "fp32"
+    """Of the weights. Optimizer state, sums and gradients are fp32 in any case."""
+    lr: PositiveFloat | None = None
+    """Learning rate of this table; `train.embedding_lr`, unless given."""
+    weight_decay: NonNegativeFloat | None = None
+    """L2 on the rows that a step looks up; `train.embedding_weight_decay`, unless given."""
+    sharding: Sharding = "auto"
+    memory: Memory = "device"
+    """CUDA: uvm keeps the table in host memory, uvm_caching the most used rows of it in GPU memory too. On CPU all are host memory."""
+    cache: float = Field(default=0.2, gt=0.0, le=1.0)
+    """uvm_caching: share of the rows that GPU memory holds."""
 
     @field_validator("dim")
     @classmethod
@@ -37,25 +49,51 @@ class EmbeddingTable(TableIds):
             raise ValueError("must be a multiple of 4")
         return dim
 
+    @model_validator(mode="after")
+    def _memory_goes_with_sharding(self) -> EmbeddingTable:
+        if self.sharding == "data_parallel" and self.memory != "device":
+            raise ValueError(f"table '{self.name}': memory = \"{self.memory}\" goes with tables that are sharded, not with data_parallel")
+        if self.ids == "dynamic" and self.memory == "uvm_caching":
+            raise ValueError(f'table \'{self.name}\': rows of dynamic ids begin anew outside of a cache; use memory = "uvm" or "device"')
+        return self
 
-def table_configs(tables: Sequence[EmbeddingTable], schema: Schema) -> list[EmbeddingBagConfig]:
-    """One TorchRec config a table. All pool by sum; `Lookup` makes means of them, see there."""
-    return [
-        EmbeddingBagConfig(
-            name=PREFIX + table.name,
-            num_embeddings=table.rows,
-            embedding_dim=table.dim,
-            feature_names=[f.name for f in schema.features if f.table == table.name],
-            pooling=PoolingType.SUM,
-            init_fn=torch.nn.init.zeros_,
-        )
+
+class Collections(NamedTuple):
+    """The tables as TorchRec modules. bags: pooled by sum. sequences: one vector an id, for what attends to single ids."""
+
+    bags: EmbeddingBagCollection | None
+    sequences: EmbeddingCollection | None
+
+
+def is_sequence_table(table: str, schema: Schema) -> bool:
+    """Whether the table's features need single vectors. A table is one module's, so then all of its features get them."""
+    return any(f.table == table and f.pooling == "attention" for f in schema.features)
+
+
+def _config(table: EmbeddingTable, schema: Schema) -> dict[str, Any]:
+    return {
+        "name": PREFIX + table.name,
+        "num_embeddings": table.rows,
+        "embedding_dim": table.dim,
+        "feature_names": [f.name for f in schema.features if f.table == table.name],
+        "data_type": DataType.FP16 if table.dtype == "fp16" else DataType.FP32,
+        "init_fn": torch.nn.init.zeros_,
+    }
+
+
+def meta_collections(tables: Sequence[EmbeddingTable], schema: Schema) -> Collections:
+    """The tables without memory; sharding gives each rank its part. Bags pool by sum; `Lookup` makes means of them, see there."""
+    meta = torch.device("meta")
+    bags = [
+        EmbeddingBagConfig(**_config(table, schema), pooling=PoolingType.SUM)
         for table in tables
+        if not is_sequence_table(table.name, schema)
     ]
-
-
-def meta_collection(tables: Sequence[EmbeddingTable], schema: Schema) -> EmbeddingBagCollection:
-    """The tables without memory; sharding gives each rank its part."""
-    return EmbeddingBagCollection(tables=table_configs(tables, schema), device=torch.device("meta"))
+    sequences = [EmbeddingConfig(**_config(table, schema)) for table in tables if is_sequence_table(table.name, schema)]
+    return Collections(
+        EmbeddingBagCollection(tables=bags, device=meta) if bags else None,
+        EmbeddingCollection(tables=sequences, device=meta) if sequences else None,
+    )
 
 
 def initial_rows(table: EmbeddingTable, seed: int, block: int) -> torch.Tensor:

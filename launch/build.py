@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -12,24 +14,34 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
+from ..datasets.batch import Batch
+from ..embeddings.dynamic.batches import DynamicBatches, dynamic_tables, unchanged
+from ..embeddings.dynamic.fresh import FreshRows, Held
+from ..embeddings.dynamic.fresh import Part as FreshPart
 from ..embeddings.lookup import Lookup
-from ..embeddings.optimizer import replicated_optimizer
-from ..embeddings.sharding import describe, shard
-from ..embeddings.tables import meta_collection
+from ..embeddings.memory import DeviceType, Machine, this_machine
+from ..embeddings.plan import Plan, make_plan, saved_plan
+from ..embeddings.sharding import of_table, shard, sharders
+from ..embeddings.tables import EmbeddingTable, meta_collections
 from ..mmoe.model import Recommender, Tower
 from ..mmoe.train_task import Objective, TrainTask
-from .checkpoint import Reader
+from .checkpoint import Reader, State, local_parts
 from .config import Recipe
 from .distributed import Ranks
 
-TABLES = ".embedding_bags."
-
 
 class Optimizers:
-    """Several optimizers as one, for the pipeline; the tables' fused one acts inside backward and is not among them."""
+    """Several optimizers as one, for the pipeline. The tables' fused one acts inside backward: here it only takes its learning rate."""
 
-    def __init__(self, *parts: torch.optim.Optimizer) -> None:
-        self.parts = parts
+    def __init__(self, fused: Any, *parts: torch.optim.Optimizer) -> None:
+        self.fused, self.parts = fused, parts
+        self.rates = [(group, group["lr"]) for part in (fused, *parts) for group in part.param_groups]
+
+    def scale_rates(self, factor: float) -> None:
+        """Set every learning rate to `factor` times the recipe's."""
+        for group, lr in self.rates:
+            group["lr"] = lr * factor
+        self.fused.zero_grad()  # hands the rate on to the kernels
 
     def zero_grad(self) -> None:
         for part in self.parts:
@@ -45,8 +57,35 @@ def train_task(recipe: Recipe) -> TrainTask:
     torch.manual_seed(recipe.train.seed)
     schema = recipe.data_schema
     tower = Tower(recipe.model, recipe.retrieval, schema, recipe.tables, recipe.train.precision)
-    model = Recommender(Lookup(meta_collection(recipe.tables, schema), schema), tower)
-    return TrainTask(model, Objective(recipe.tasks, schema, recipe.retrieval))
+    collections = meta_collections(recipe.tables, schema)
+    for collection in collections:
+        if collection is not None:
+            recipe.train.table_training.attach(collection, recipe.tables)
+    model = Recommender(Lookup(collections, schema, recipe.model.attention_layers), tower)
+    fresh_rows = FreshRows(recipe.train.seed) if dynamic_tables(recipe.tables) else None
+    return TrainTask(model, Objective(recipe.tasks, schema, recipe.retrieval), fresh_rows)
+
+
+def plan_of(recipe: Recipe, machine: Machine, run: Path | None = None) -> Plan:
+    """Which rank holds which part of which table. Needs no process group.
+
+    Args:
+        run: a run folder, whose plan is taken where it was made for the same tables, ranks and devices.
+    Raises:
+        InputError: nothing fits; says what would. Or the device lacks the tables' optimizer.
+    """
+    training, model = recipe.train.table_training, train_task(recipe)
+    training.check_device(machine.device_type)
+    saved = saved_plan(_read_plan(run), model, recipe.tables, recipe.data_schema, training, machine) if run is not None else None
+    return saved or make_plan(model, sharders(training), recipe.tables, recipe.data_schema, training, machine)
+
+
+def _read_plan(run: Path) -> dict[str, Any]:
+    """A run's plan.json; nothing if it is lost, as another plan trains the same model."""
+    try:
+        return dict(json.loads((run / "plan.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 @dataclass
@@ -57,38 +96,65 @@ class Built:
     optimizers: Optimizers
     dense_params: dict[str, nn.Parameter]
     """Every parameter that no fused optimizer updates, tables that all ranks hold whole included."""
+    plan: Plan
+    dynamic: DynamicBatches | None
+    """None where no table has dynamic ids."""
+    device: torch.device
 
     @property
     def task(self) -> TrainTask:
         return self.model.module
 
-    def plan(self) -> dict[str, Any]:
-        return describe(self.model.plan)
+    def found(self, batch: Batch) -> Batch:
+        """A batch as the files have it -> as the model takes it, to predict. Collective."""
+        return unchanged(batch) if self.dynamic is None else self.dynamic.found(batch)
 
 
-def build(recipe: Recipe, ranks: Ranks) -> Built:
+def build(recipe: Recipe, ranks: Ranks, plan: Plan | None = None) -> Built:
     """Collective: shard the recipe's model over all ranks.
 
+    Args:
+        plan: the first rank's counts; made here, unless given.
     Raises:
         InputError: no sharding plan fits.
     """
-    section = recipe.train
-    model = shard(
-        train_task(recipe), recipe.tables, device=ranks.device, local_world_size=ranks.local_world_size, batch_size=recipe.data.batch_size,
-        optimizer=section.embedding_optimizer, lr=section.embedding_lr, eps=section.embedding_eps, seed=section.seed,
-    )  # fmt: skip
+    section, training = recipe.train, recipe.train.table_training
+    machine = this_machine(cast(DeviceType, ranks.device.type), ranks.world_size, ranks.local_world_size)
+    plan = ranks.from_first(lambda: plan or plan_of(recipe, machine))
+    model = shard(train_task(recipe), plan.sharding, recipe.tables, training, device=ranks.device, seed=section.seed, comms=section.comms)
     torch.manual_seed(section.seed * 100_003 + ranks.rank)  # dropout differs between ranks
     dense = dict(in_backward_optimizer_filter(model.named_parameters()))
-    replicated = [parameter for name, parameter in dense.items() if TABLES in name]
-    others = [parameter for name, parameter in dense.items() if TABLES not in name]
+    replicated = {table: parameter for name, parameter in dense.items() if (table := of_table(name)) is not None}
+    others = [parameter for name, parameter in dense.items() if of_table(name) is None]
     parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr=section.lr, weight_decay=section.weight_decay)]
     if replicated:
-        parts.append(replicated_optimizer(section.embedding_optimizer, replicated, section.embedding_lr, section.embedding_eps))
-    return Built(model, Optimizers(*parts), dense)
+        parts.append(training.replicated(replicated, recipe.tables))
+    dynamic = dynamic_tables(recipe.tables)
+    batches = DynamicBatches(recipe.tables, recipe.data_schema, ranks.rank, ranks.world_size) if dynamic else None
+    built = Built(model, Optimizers(model.fused_optimizer, *parts), dense, plan, batches, ranks.device)
+    if built.task.fresh_rows is not None:
+        built.task.fresh_rows.bind({number: _held(built, table) for number, table in enumerate(dynamic)})
+    return built
 
 
-def model_state(built: Built) -> dict[str, torch.Tensor | ShardedTensor]:
+def _held(built: Built, table: EmbeddingTable) -> Held:
+    """What this rank holds of a table."""
+
+    def parts(state: dict[str, torch.Tensor | ShardedTensor]) -> list[FreshPart]:
+        values = [value for name, value in state.items() if of_table(name) == table.name]
+        return [FreshPart(part.tensor, part.offsets[0], *part.offsets[1:]) for value in values for part in local_parts(value)]
+
+    return Held(table, parts(table_state(built)), parts(optimizer_state(built)))
+
+
+def table_state(built: Built) -> dict[str, torch.Tensor | ShardedTensor]:
     return {f"model/{name}": value for name, value in built.model.state_dict().items()}
+
+
+def model_state(built: Built) -> State:
+    """Named weights, and which id has which row."""
+    ids = {} if built.dynamic is None else {f"ids/{name}": shard for name, shard in built.dynamic.state().items()}
+    return {**table_state(built), **ids}
 
 
 def _dense_states(built: Built) -> Iterator[tuple[str, nn.Parameter, torch.optim.Optimizer]]:
@@ -98,11 +164,11 @@ def _dense_states(built: Built) -> Iterator[tuple[str, nn.Parameter, torch.optim
 
 
 def _fused_state(built: Built) -> dict[str, torch.Tensor | ShardedTensor]:
+    # FBGEMM calls the first state of any optimizer momentum1; of Adagrad it is what torch calls sum.
     return {
-        f"optimizer/{parameter}/sum": value
+        f"optimizer/{parameter}/{'sum' if key.endswith('.momentum1') else key.rpartition('.')[2]}": value
         for parameter, its_state in built.model.fused_optimizer.state_dict()["state"].items()
         for key, value in its_state.items()
-        if key.endswith("momentum1")
     }
 
 
@@ -111,8 +177,8 @@ def optimizer_state(built: Built) -> dict[str, torch.Tensor | ShardedTensor]:
     state = _fused_state(built)
     for name, parameter, optimizer in _dense_states(built):
         for key, value in optimizer.state[parameter].items():
-            if isinstance(value, torch.Tensor) and not (TABLES in name and key == "step"):
-                one_a_row = TABLES in name and value.shape != parameter.shape
+            if isinstance(value, torch.Tensor) and not (of_table(name) and key == "step"):
+                one_a_row = of_table(name) is not None and value.shape != parameter.shape
                 state[f"optimizer/{name}/{key}"] = value.flatten() if one_a_row else value
     return state
 
@@ -125,6 +191,8 @@ def load_model(built: Built, reader: Reader) -> None:
     """
     for name, value in model_state(built).items():
         reader.copy_into(name, value)
+    if built.dynamic is not None:
+        built.dynamic.ids.loaded()
 
 
 def load_optimizers(built: Built, reader: Reader) -> None:
@@ -139,6 +207,6 @@ def load_optimizers(built: Built, reader: Reader) -> None:
         prefix = f"optimizer/{name}/"
         for saved in sorted(saved for saved in reader.names() if saved.startswith(prefix)):
             key, value = saved.removeprefix(prefix), reader.read(saved)
-            if TABLES in name:
+            if of_table(name) is not None:
                 value = value.view_as(optimizer.state[parameter][key])
             optimizer.state[parameter][key] = value.to(parameter.device) if value.dim() else value

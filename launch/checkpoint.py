@@ -24,14 +24,19 @@ import torch
 import torch.distributed as dist
 from pydantic import PositiveInt
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from ..datasets.schema import InputError, Section
+from ..embeddings.dynamic.slot_map import RowShard
+from ..embeddings.tables import PREFIX
+from .tensor_file import read_region, write_tensors
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-State = Mapping[str, torch.Tensor | ShardedTensor]
+Value = torch.Tensor | ShardedTensor | RowShard
+"""Whole on every rank, or in parts: rectangles of a table, or a run of its rows."""
+State = Mapping[str, Value]
+_PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 class CheckpointSection(Section):
@@ -54,15 +59,21 @@ class Part:
         return tuple(o + s for o, s in zip(self.offsets, self.tensor.shape, strict=True))
 
 
-def local_parts(value: torch.Tensor | ShardedTensor) -> list[Part]:
+def local_parts(value: Value) -> list[Part]:
     """The parts of a tensor that this rank holds."""
     if isinstance(value, ShardedTensor):
         return [Part(tuple(shard.metadata.shard_offsets), shard.tensor) for shard in value.local_shards()]
+    if isinstance(value, RowShard):
+        return [Part((value.first,) + (0,) * (value.tensor.dim() - 1), value.tensor)]
     return [Part((0,) * value.dim(), value)]
 
 
-def _shape(value: torch.Tensor | ShardedTensor) -> list[int]:
-    return list(value.size())
+def _shape(value: Value) -> list[int]:
+    return [value.total, *value.tensor.shape[1:]] if isinstance(value, RowShard) else list(value.size())
+
+
+def _dtype(value: Value) -> str:
+    return str(value.tensor.dtype if isinstance(value, RowShard) else value.dtype).removeprefix("torch.")
 
 
 def _digest(path: Path) -> str:
@@ -84,22 +95,19 @@ def _sync(path: Path) -> None:
 def _write_parts(folder: Path, state: State, own: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Write this rank's file; return its entry for the manifest."""
     rank = dist.get_rank()
-    parts: dict[str, torch.Tensor] = {}
+    parts = dict(own)
     tensors: dict[str, Any] = {}
     for name, value in state.items():
-        if rank > 0 and not isinstance(value, ShardedTensor):
+        if rank > 0 and not isinstance(value, ShardedTensor | RowShard):
             continue
-        entry = tensors.setdefault(name, {"shape": _shape(value), "dtype": str(value.dtype).removeprefix("torch."), "parts": []})
+        entry = tensors.setdefault(name, {"shape": _shape(value), "dtype": _dtype(value), "parts": []})
         for part in local_parts(value):
             key = f"{name}@{','.join(map(str, part.offsets))}"
-            parts[key] = part.tensor.detach().contiguous()
+            parts[key] = part.tensor
             entry["parts"].append({"key": key, "offsets": part.offsets, "sizes": list(part.tensor.shape)})
-    for name, value in own.items():
-        parts[name] = value.contiguous()
-    path = folder / f"rank_{rank}.safetensors"
-    save_file({key: part.cpu() for key, part in parts.items()}, path)
-    _sync(path)
-    return {"file": path.name, "size": path.stat().st_size, "sha256": _digest(path), "tensors": tensors}
+    file = f"rank_{rank}.safetensors"
+    size, digest = write_tensors(folder / file, parts)
+    return {"file": file, "size": size, "sha256": digest, "tensors": tensors}
 
 
 def _manifest(entries: Iterable[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
@@ -112,6 +120,16 @@ def _manifest(entries: Iterable[dict[str, Any]], facts: dict[str, Any]) -> dict[
             whole["parts"] += [{"file": entry["file"], **part} for part in tensor["parts"]]
     content = {"format": FORMAT, **facts, "files": files, "tensors": tensors}
     return {**content, "sha256": _content_digest(content)}
+
+
+def _other_dtype(name: str, saved: str, now: str) -> str:
+    then, now = (_PRECISIONS.get(dtype, dtype) for dtype in (saved, now))
+    if table := re.search(rf"\.{PREFIX}([^./@]+)\.weight$", name):
+        return (
+            f"table '{table[1]}' was saved as {then}, the recipe has {now} ('{name}'); "
+            f"set tables.{table[1]}.dtype back, or start another run"
+        )
+    return f"'{name}' was saved as {then}, the recipe's is {now}; set the dtype back, or start another run"
 
 
 def _content_digest(content: dict[str, Any]) -> str:
@@ -221,17 +239,19 @@ class Reader:
             return file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118
 
     @torch.no_grad()
-    def copy_into(self, name: str, target: torch.Tensor | ShardedTensor) -> None:
+    def copy_into(self, name: str, target: Value) -> None:
         """Fill what this rank holds of a tensor.
 
         Raises:
-            InputError: the checkpoint lacks it, or has it in another shape.
+            InputError: the checkpoint lacks it, or has it in another shape or dtype.
         """
         saved = self.manifest["tensors"].get(name)
         if saved is None:
             raise InputError(f"{self.folder}: holds no '{name}'; the recipe describes another model")
         if saved["shape"] != _shape(target):
             raise InputError(f"{self.folder}: '{name}' has shape {saved['shape']}, the recipe's has {_shape(target)}")
+        if saved["dtype"] != _dtype(target):
+            raise InputError(f"{self.folder}: {_other_dtype(name, saved['dtype'], _dtype(target))}")
         for part in local_parts(target):
             copied = sum(self._copy_overlap(source, part) for source in saved["parts"])
             assert copied == part.tensor.numel(), f"{name}: {copied} of {part.tensor.numel()} values are in the checkpoint"
@@ -243,18 +263,13 @@ class Reader:
         high = [min(a, b) for a, b in zip(source_ends, part.ends, strict=True)]
         if any(a >= b for a, b in zip(low, high, strict=True)):
             return 0
+        begin = [a - o for a, o in zip(low, source["offsets"], strict=True)]
+        held = part.tensor[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, part.offsets, strict=True))]
         try:
-            with safe_open(self.folder / source["file"], framework="pt") as file:
-                if not low:
-                    part.tensor.copy_(file.get_tensor(source["key"]))
-                    return 1
-                taken = file.get_slice(source["key"])[
-                    tuple(slice(a - o, b - o) for a, b, o in zip(low, high, source["offsets"], strict=True))
-                ]
+            read_region(self.folder / source["file"], source["key"], begin, held)
         except (SafetensorError, OSError) as error:
             raise InputError(f"{self.folder / source['file']}: cannot be read ({error})") from error
-        part.tensor[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, part.offsets, strict=True))].copy_(taken)
-        return taken.numel()
+        return held.numel()
 
 
 def open_newest(checkpoints: Path) -> Iterator[Reader]:

@@ -98,11 +98,15 @@ def train(
     from . import stack
 
     stack.check()
+    from ..embeddings.memory import this_machine
+    from .build import plan_of
     from .config import load_recipe, save_recipe
+    from .distributed import device_type
     from .inference import check_data
     from .run_folder import claim
 
     resolved = load_recipe(recipe, set or [])
+    plan_of(resolved, this_machine(device_type(), ranks, ranks))
     check_data(resolved, rows=False)  # the first rank reads rows, where the data is near
     claim(run, resume=resume)
     # Not into the run folder yet: a resume that is refused must leave its recipe alone.

@@ -51,6 +51,7 @@ class Recipe(Section):
         if self.retrieval is not None:
             self.retrieval.check(schema)
         self.train.check_monitor(self.tasks, self.data)
+        self.train.table_training.check(self.tables)
         return self
 
     @property

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from ..datasets.schema import InputError
+from ..embeddings.memory import DeviceType, Machine, this_machine
 from .console import FAILURE_FILE
 from .stack import has_cuda_kernels
 
@@ -61,7 +62,7 @@ class Ranks:
 
 
 def _device(local_rank: int, local_world_size: int) -> torch.device:
-    if not (torch.cuda.is_available() and has_cuda_kernels()):
+    if device_type() == "cpu":
         return torch.device("cpu")
     if local_world_size > torch.cuda.device_count():
         raise InputError(f"{local_world_size} ranks on this node, but it has {torch.cuda.device_count()} GPUs; use one rank a GPU")
@@ -80,6 +81,16 @@ def quiet_the_stack() -> None:
     logging.getLogger().addFilter(lambda record: not record.getMessage().startswith("Sharding spec not found"))
     logging.getLogger("torchrec").setLevel(logging.ERROR)
     logging.getLogger("torch.fx").setLevel(logging.ERROR)
+
+
+def machine_of_ranks() -> Machine:
+    """What the ranks that torchrun started have, read from the environment: before they join each other."""
+    world_size, local_world_size = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return this_machine(device_type(), world_size, local_world_size)
+
+
+def device_type() -> DeviceType:
+    return "cuda" if torch.cuda.is_available() and has_cuda_kernels() else "cpu"
 
 
 @contextlib.contextmanager

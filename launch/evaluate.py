@@ -29,7 +29,7 @@ def main(
             fitted = ranks.from_first(lambda: Fitted.load(run, schema))
             split = Split(Path(data.partition("?")[0]).stem, schema, recipe.tasks, given_files(schema, data), ranks, fitted)
             built, step = load_run(run, recipe, fitted, ranks)
-            metrics = split.evaluate(built.model, step, ProgressLines("evaluate", ranks.is_first))
+            metrics = split.evaluate(built, step, ProgressLines("evaluate", ranks.is_first))
             if metrics is not None:
                 say(f"{split.name}, {metrics['rows']} rows, step {step}: {summary(metrics)}")
                 if json is not None:

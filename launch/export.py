@@ -84,7 +84,7 @@ def _export_entities(side: str, recipe: Recipe, built: Built, fitted: Fitted, ra
     listing = list_slices(schema, [str(entities)], labels=False, skip_features=others, types=fitted.types.copy())
     loader = entity_loader(Decoder(schema, fitted, labels=False, skip_features=others), listing.slices, ranks)
     built.model.eval()
-    row_R, vector_RD = run_rows(side_vectors(built, side), loader, ranks, ProgressLines(f"{side}s", ranks.is_first))
+    row_R, vector_RD = run_rows(side_vectors(built, side), built, loader, ProgressLines(f"{side}s", ranks.is_first))
     real = row_R >= 0
     ids = pq.read_table(entities, columns=[schema.feature(id_feature).column]).column(0).combine_chunks()
     ids = exported_ids(ids, schema.feature(id_feature), fitted)

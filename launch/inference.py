@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from ..datasets.batch import Batch
 from ..datasets.fitted import Fitted
@@ -26,6 +25,7 @@ from ..datasets.schema import Feature, InputError, Schema
 from ..datasets.storage.access import find_files, is_there
 from ..mmoe.heads import Task
 from ..mmoe.metrics import TaskColumns, report
+from .build import Built
 from .config import Recipe
 from .distributed import Ranks
 
@@ -106,9 +106,9 @@ def entity_loader(decoder: Decoder, slices: Sequence[Slice], ranks: Ranks) -> Lo
 
 @torch.no_grad()
 def run_rows(
-    compute: Callable[[Batch], torch.Tensor], loader: Loader, ranks: Ranks, progress: Progress = no_progress
+    compute: Callable[[Batch], torch.Tensor], built: Built, loader: Loader, progress: Progress = no_progress
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run every batch of a loader. Collective.
+    """Run every batch of a loader through `compute`, which is given it as the model takes it. Collective.
 
     Returns:
         This rank's row numbers int64 [R] and results [R, K], on the CPU, padded rows (-1) included: R is the same on all ranks.
@@ -116,7 +116,7 @@ def run_rows(
     rows, results = [], []
     total = -(-loader.num_rows // loader.global_batch_size)
     for step, batch in enumerate(loader.batches(), 1):
-        batch = batch.to(ranks.device)
+        batch = built.found(batch).to(built.device)
         results.append(compute(batch).float().cpu())
         rows.append(batch.row_B.cpu())
         progress(step, total)
@@ -132,11 +132,11 @@ class Predictions(NamedTuple):
     """bool; all true unless `on_bad_file` is "skip"."""
 
 
-def predict_rows(model: nn.Module, loader: Loader, ranks: Ranks, progress: Progress = no_progress) -> Predictions | None:
+def predict_rows(built: Built, loader: Loader, ranks: Ranks, progress: Progress = no_progress) -> Predictions | None:
     """The predictions on the first rank, None on the others. Collective."""
-    training = model.training
+    model, training = built.model, built.model.training
     model.eval()
-    rows_R, predictions_RT = run_rows(lambda batch: model(batch)[1], loader, ranks, progress)
+    rows_R, predictions_RT = run_rows(lambda batch: model(batch)[1], built, loader, progress)
     model.train(training)
     gathered: list[torch.Tensor] | None = [torch.empty_like(rows_R) for _ in range(ranks.world_size)] if ranks.is_first else None
     predictions = [torch.empty_like(predictions_RT) for _ in range(ranks.world_size)] if ranks.is_first else None
@@ -228,9 +228,9 @@ class Split:
         self.loader = entity_loader(Decoder(schema, fitted), self.slices, ranks)
         self.loader.tally.bad_files |= listing.bad_files
 
-    def evaluate(self, model: nn.Module, step: int, progress: Progress = no_progress) -> dict[str, Any] | None:
+    def evaluate(self, built: Built, step: int, progress: Progress = no_progress) -> dict[str, Any] | None:
         """The report on the first rank, None on the others. Collective."""
-        predictions = predict_rows(model, self.loader, self.ranks, progress)
+        predictions = predict_rows(built, self.loader, self.ranks, progress)
         for tally in self.ranks.gather(self.loader.tally):
             self.loader.tally.update(tally)
         if predictions is None:

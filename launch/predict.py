@@ -38,7 +38,7 @@ def main(
                 raise InputError(f"{reason}; predict keeps the order of rows and cannot leave a file out: take it out of --data")
             loader = entity_loader(Decoder(schema, fitted, labels=False), listing.slices, ranks)
             built, step = load_run(run, recipe, fitted, ranks)
-            predictions = predict_rows(built.model, loader, ranks, ProgressLines("predict", ranks.is_first))
+            predictions = predict_rows(built, loader, ranks, ProgressLines("predict", ranks.is_first))
             if predictions is not None:
                 prediction_NT, is_read_N = predictions
                 table = pa.table({task.name: pa.array(prediction_NT[:, t], mask=~is_read_N) for t, task in enumerate(recipe.tasks)})

@@ -8,7 +8,8 @@ from typing import Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from ..datasets.schema import DataSection, Label, Section, nearest
-from ..embeddings.optimizer import TableOptimizer
+from ..embeddings.optimizer import TableOptimizer, TableTraining
+from ..embeddings.sharding import Comms
 
 METRICS = {"binary": ("auc", "gauc", "ne", "logloss"), "duration": ("mae", "rmse", "xauc")}
 BETTER_WHEN_LARGE = {"auc", "gauc", "xauc"}
@@ -24,8 +25,20 @@ class TrainSection(Section):
     """Decoupled (AdamW), for everything but tables."""
     embedding_lr: PositiveFloat = 0.02
     embedding_optimizer: TableOptimizer = "rowwise_adagrad"
+    """adam: CUDA only."""
     embedding_eps: PositiveFloat = 1e-8
     """Added to the root of Adagrad's accumulator."""
+    embedding_weight_decay: NonNegativeFloat = 0.0
+    """L2 on the rows of tables that a step looks up; rowwise_adagrad and adam."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Of both learning rates after the warm-up: how they fall to `final_lr` of themselves by the last step."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps over which both learning rates rise linearly from 0."""
+    final_lr: float = Field(default=0.0, ge=0.0, le=1.0)
+    """linear and cosine: the share of the learning rates that is left at the end."""
+    comms: Comms = "fp32"
+    """Width of the vectors and gradients of tables on their way between ranks. fp16 halves the traffic; predictions then depend on the plan
+    in the fourth digit."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the tower's matrix products; tables, losses and optimizers stay fp32."""
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -37,6 +50,10 @@ class TrainSection(Section):
     """Stop after this many evaluations in a row without a better `monitor`; 0: never. The best one is kept in any case."""
     monitor: str | None = None
     """Metric that says which evaluation is best, as in "ctr.auc"; the first task's AUC (XAUC for a duration), unless given."""
+
+    @property
+    def table_training(self) -> TableTraining:
+        return TableTraining(self.embedding_optimizer, self.embedding_lr, self.embedding_eps, self.embedding_weight_decay)
 
     def watched(self, tasks: Sequence[Label]) -> tuple[str, str]:
         """(task, metric) of the monitor."""

@@ -9,8 +9,9 @@ from typing import Annotated  # noqa: E402
 
 import typer  # noqa: E402
 
+from .build import plan_of  # noqa: E402
 from .config import load_recipe  # noqa: E402
-from .distributed import process_group, run_rank  # noqa: E402
+from .distributed import machine_of_ranks, process_group, run_rank  # noqa: E402
 from .inference import check_data  # noqa: E402
 from .trainer import Trainer  # noqa: E402
 
@@ -23,10 +24,12 @@ def main(
 ) -> None:
     def work() -> None:
         resolved = load_recipe(recipe, set or [])
+        # What does not fit is refused before the ranks wait for each other.
+        plan = plan_of(resolved, machine_of_ranks(), run if resume else None)
         with process_group() as ranks:
             if ranks.is_first:
                 check_data(resolved)
-            Trainer(resolved, run, ranks, resume=resume).fit()
+            Trainer(resolved, run, ranks, resume=resume, plan=plan).fit()
 
     run_rank(work)
 

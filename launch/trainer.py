@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist, TrainPipelineSparseDist
 
+from ..datasets.batch import Batch
 from ..datasets.fitted import Fitted, read_keys
 from ..datasets.fitting import gather, joined, needs_fitting
-from ..datasets.loader import Loader, Tally
+from ..datasets.loader import Loader, Tally, in_background
 from ..datasets.parquet.decode import Decoder
 from ..datasets.parquet.listing import list_slices
 from ..datasets.row_groups import ReadingPosition
 from ..datasets.schema import InputError
+from ..embeddings.plan import Plan
+from ..embeddings.sharding import prefetches
 from ..mmoe.losses import sum_over_ranks
 from . import checkpoint
 from .build import build, load_model, load_optimizers, model_state, optimizer_state
@@ -27,17 +32,20 @@ from .distributed import Ranks
 from .inference import Split, split_files
 from .records import Records, write_json
 from .run_folder import check_fitted, claim, lock
+from .schedule import lr_factor
 from .sections import BETTER_WHEN_LARGE
 
 
 class Trainer:
     """Trains one recipe in one run folder. Every rank makes one and calls `fit`.
 
+    Args:
+        plan: which rank holds which part of which table; the first rank's counts. Made here, unless given.
     Raises:
         InputError: files, columns or a plan that do not fit; a checkpoint of other data or of another model.
     """
 
-    def __init__(self, recipe: Recipe, run: Path, ranks: Ranks, *, resume: bool) -> None:
+    def __init__(self, recipe: Recipe, run: Path, ranks: Ranks, *, resume: bool, plan: Plan | None = None) -> None:
         self.recipe, self.section, self.run, self.ranks = recipe, recipe.train, run, ranks
         self.checkpoints = run / "checkpoints"
         if ranks.is_first:
@@ -50,8 +58,9 @@ class Trainer:
         self.fitted = ranks.from_first(lambda: Fitted.load(run, schema)) if goes_on else self._fit()
         self.loader = self._train_loader()
         self.valid = Split("valid", schema, recipe.tasks, recipe.data.valid, ranks, self.fitted) if recipe.data.valid else None
-        self.built = build(recipe, ranks)
-        self.pipeline = TrainPipelineSparseDist(self.built.model, self.built.optimizers, ranks.device)
+        self.built = build(recipe, ranks, plan)
+        pipeline = PrefetchTrainPipelineSparseDist if prefetches(recipe.tables, ranks.device) else TrainPipelineSparseDist
+        self.pipeline = pipeline(self.built.model, self.built.optimizers, ranks.device)
         self.step, self.position = 0, ReadingPosition()
         self.best: dict[str, Any] | None = None
         self.evaluations_since_best = 0
@@ -63,7 +72,7 @@ class Trainer:
         if ranks.is_first:
             save_recipe(recipe, run / "recipe.toml")
             self.fitted.save(run)
-            write_json(run / "plan.json", self.built.plan())
+            write_json(run / "plan.json", self.built.plan.described())
             self.records = Records(run, self.step)
 
     def _fit(self) -> Fitted:
@@ -105,28 +114,46 @@ class Trainer:
 
     def _train_until_evaluation(self) -> None:
         """Train to the next evaluation: the end of the epoch, or `evaluate_every` steps."""
-        epoch, every = self.position.epoch, self.section.evaluate_every
+        every = self.section.evaluate_every
         steps = self.loader.steps_left(self.position)
-        later_epochs = self.section.epochs - epoch - 1
+        later_epochs = self.section.epochs - self.position.epoch - 1
         total = self.step + steps + later_epochs * self.loader.steps_left(ReadingPosition())
         if every:
             steps = min(steps, every - self.step % every)
-        last, logged, began = self.step + steps, self.step, time.monotonic()
+        last, save_every = self.step + steps, self.recipe.checkpoint.every_steps
         batches = self.loader.batches(self.position, steps)
         while self.step < last:
-            report = self.pipeline.progress(batches)
+            self._train_steps(batches, min(last - self.step, save_every - self.step % save_every), total)
+            if self.step < last:
+                self._save()
+        assert next(batches, None) is None
+        self._gather_tally()
+
+    def _train_steps(self, batches: Iterator[Batch], steps: int, total: int) -> None:
+        """Train on the next `steps` batches. Nothing is taken or mapped beyond them: a checkpoint may follow."""
+        last, logged, began, epoch = self.step + steps, self.step, time.monotonic(), self.position.epoch
+        mapped = self._mapped(islice(batches, steps))
+        while self.step < last:
+            self.built.optimizers.scale_rates(lr_factor(self.section, self.step, total))
+            report = self.pipeline.progress(mapped)
             self.step += 1
             self.position = self.loader.after_step(self.position)
+            if self.built.dynamic is not None:
+                self.built.dynamic.after_step()
             if self.step % self.section.log_every == 0 or self.step == last:
                 now = time.monotonic()
                 self._log(report.losses_L, epoch, total, (self.step - logged) * self.loader.global_batch_size / (now - began))
                 logged, began = self.step, now
-            if self.step % self.recipe.checkpoint.every_steps == 0 and self.step < last:
-                self._save()
         # The pipeline notices the end of its batches, and lets go of them.
-        assert next(batches, None) is None
+        assert next(mapped, None) is None
         self.pipeline.detach()
-        self._gather_tally()
+
+    def _mapped(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Batches with rows in place of dynamic ids, found ahead of training in a thread."""
+        dynamic = self.built.dynamic
+        if dynamic is None:
+            return batches
+        return in_background(lambda: dynamic.learned(batches), self.recipe.data.prefetch)
 
     def _log(self, losses_L: torch.Tensor, epoch: int, total: int, rows_per_second: float) -> None:
         if not self.ranks.is_first:
@@ -134,12 +161,15 @@ class Trainer:
         losses = dict(zip(self.built.task.objective.loss_names, losses_L.tolist(), strict=True))
         note = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
         self.progress(self.step, total, f"epoch {epoch + 1}/{self.section.epochs}, {rows_per_second:,.0f} rows/s, loss: {note}")
-        self.records.write({"step": self.step, "epoch": epoch, "rows_per_second": rows_per_second, "loss": losses})
+        record: dict[str, Any] = {"step": self.step, "epoch": epoch, "rows_per_second": rows_per_second, "loss": losses}
+        if self.built.dynamic is not None:
+            record["ids"] = self.built.dynamic.tally.report()
+        self.records.write(record)
 
     def _evaluate(self) -> None:
         """Evaluate on `valid`; every rank learns whether it is the best so far."""
         assert self.valid is not None
-        metrics = self.valid.evaluate(self.built.model, self.step, ProgressLines("evaluate", self.ranks.is_first))
+        metrics = self.valid.evaluate(self.built, self.step, ProgressLines("evaluate", self.ranks.is_first))
         message: list[Any] = [None]
         if metrics is not None:
             say(f"valid at step {self.step}: {summary(metrics)}")
@@ -200,7 +230,7 @@ class Trainer:
         if self.ranks.device.type == "cuda":
             own["cuda_random_state"] = torch.cuda.get_rng_state(self.ranks.device)
         self._gather_tally()
-        checkpoint.save(folder, model_state(self.built) | optimizer_state(self.built), own, self._facts())
+        checkpoint.save(folder, {**model_state(self.built), **optimizer_state(self.built)}, own, self._facts())
         if self.ranks.is_first:
             checkpoint.prune(self.checkpoints, self.recipe.checkpoint.keep, f"step_{self.best['step']}" if self.best else None)
 

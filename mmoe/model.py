@@ -12,7 +12,7 @@ from torch import nn
 
 from ..datasets.batch import Batch
 from ..datasets.schema import SIDES, Schema, Section, nearest
-from ..embeddings.lookup import Lookup
+from ..embeddings.lookup import ALONE, Lookup
 from ..embeddings.tables import EmbeddingTable
 from .experts import BatchedLinear, BatchedMLP
 from .sharing import PLE, MMoE, SharedBottom
@@ -31,6 +31,8 @@ class ModelSection(Section):
     expert_layers: tuple[PositiveInt, ...] = Field(default=(256, 128), min_length=1)
     tower_layers: tuple[PositiveInt, ...] = (64,)
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    attention_layers: tuple[PositiveInt, ...] = Field(default=(64, 32), min_length=1)
+    """Hidden layers of what weighs the ids of a list feature with pooling = "attention"."""
 
 
 class RetrievalSection(Section):
@@ -91,7 +93,9 @@ class SideEncoder(nn.Module):
         self.layers = nn.Sequential(*hidden, nn.Linear(widths[-1], dim))
 
     def forward(self, vectors: dict[str, torch.Tensor], dense_BD: torch.Tensor) -> torch.Tensor:
-        return self.layers(torch.cat([vectors[self.side], dense_BD[:, self.dense_columns]], dim=1))
+        # A user's vector may not depend on the item that it will be multiplied with.
+        own_BV = vectors[self.side + ALONE] if self.side + ALONE in vectors else vectors[self.side]
+        return self.layers(torch.cat([own_BV, dense_BD[:, self.dense_columns]], dim=1))
 
 
 def dense_columns(schema: Schema, side: str) -> list[int]:

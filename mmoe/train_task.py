@@ -11,6 +11,7 @@ from torch import nn
 
 from ..datasets.batch import Batch
 from ..datasets.schema import Schema
+from ..embeddings.dynamic.fresh import FreshRows
 from .balance import Fixed
 from .heads import Head, Task, make_head
 from .losses import sum_over_ranks, world_size
@@ -95,14 +96,17 @@ class Objective(nn.Module):
 
 
 class TrainTask(nn.Module):
-    """Model, then objective. Only calls its submodules, because the training pipeline traces it with torch.fx."""
+    """Fresh rows, model, objective. Only calls its submodules, because the training pipeline traces it with torch.fx."""
 
-    def __init__(self, model: Recommender, objective: Objective) -> None:
+    def __init__(self, model: Recommender, objective: Objective, fresh_rows: FreshRows | None = None) -> None:
         super().__init__()
         self.model = model
         self.objective = objective
+        self.fresh_rows = fresh_rows
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, StepReport | torch.Tensor]:
+        if self.fresh_rows is not None:
+            self.fresh_rows(batch.fresh_A3)
         return self.objective(self.model(batch), batch)
 
     @torch.no_grad()

@@ -17,7 +17,7 @@ from tests.small import write_log
 from triptych.datasets.fitted import Fitted
 from triptych.datasets.schema import InputError
 from triptych.launch import checkpoint
-from triptych.launch.build import build, load_model, load_optimizers, model_state, optimizer_state
+from triptych.launch.build import Built, build, load_model, load_optimizers, model_state, optimizer_state
 from triptych.launch.config import Recipe, load_recipe, save_recipe
 from triptych.launch.distributed import Ranks
 from triptych.launch.inference import Split, predict_rows
@@ -38,9 +38,9 @@ def local_values(state: checkpoint.State) -> dict[str, list[tuple[tuple[int, ...
     return {name: [(part.offsets, part.tensor.clone()) for part in checkpoint.local_parts(value)] for name, value in state.items()}
 
 
-def valid_predictions(recipe: Recipe, model: torch.nn.Module, ranks: Ranks) -> np.ndarray | None:
+def valid_predictions(recipe: Recipe, built: Built, ranks: Ranks) -> np.ndarray | None:
     split = Split("valid", recipe.data_schema, recipe.tasks, "valid.parquet", ranks, Fitted())
-    predictions = predict_rows(model, split.loader, ranks)
+    predictions = predict_rows(built, split.loader, ranks)
     return None if predictions is None else predictions.prediction_NT
 
 
@@ -51,7 +51,7 @@ def train_and_predict(ranks: Ranks, path: Path, runs: dict[str, Path]) -> dict[s
         recipe = recipe_with(path, plan, "train.epochs=2")
         trainer = Trainer(recipe, run, ranks, resume=False)
         trainer.fit()
-        predictions[plan] = valid_predictions(recipe, trainer.built.model, ranks)
+        predictions[plan] = valid_predictions(recipe, trainer.built, ranks)
     return predictions
 
 
@@ -65,7 +65,7 @@ def load_and_predict(ranks: Ranks, path: Path, runs: dict[str, Path]) -> dict[tu
             reader = checkpoint.Reader(checkpoint.committed(run / "checkpoints")[-1])
             load_model(built, reader)
             load_optimizers(built, reader)
-            predictions[saved_plan, plan] = valid_predictions(recipe, built.model, ranks)
+            predictions[saved_plan, plan] = valid_predictions(recipe, built, ranks)
     return predictions
 
 

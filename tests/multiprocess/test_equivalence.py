@@ -19,38 +19,54 @@ from triptych.datasets.loader import Loader
 from triptych.datasets.parquet.decode import Decoder
 from triptych.datasets.parquet.listing import list_slices
 from triptych.datasets.schema import SIDES, Feature
-from triptych.embeddings.tables import fill_table
+from triptych.embeddings.lookup import ALONE
+from triptych.embeddings.optimizer import TableTraining
+from triptych.embeddings.tables import EmbeddingTable, fill_table, is_sequence_table
 from triptych.launch.build import build, model_state, train_task
 from triptych.launch.config import Recipe, load_recipe
 from triptych.launch.distributed import Ranks
 from triptych.launch.inference import predict_rows
+from triptych.launch.schedule import lr_factor
 from triptych.mmoe.train_task import Objective
 
 STEPS = 5
 GLOBAL_BATCH = 128
 TOLERANCE = 1e-6
 MIXED = {"user": "row_wise", "item": "table_wise", "words": "data_parallel"}
+ADAGRAD = "train.embedding_optimizer=adagrad"
+VARIANTS = {
+    "rowwise_adagrad": [],
+    # Element-wise Adagrad begins with lr * sign(g), which amplifies the rounding of a g that nearly cancels; an eps of g's size does not.
+    "adagrad": [ADAGRAD, "train.embedding_eps=0.01"],
+    "sgd": ["train.embedding_optimizer=sgd"],
+    "weight_decay": ["train.embedding_weight_decay=0.1", "tables.item.weight_decay=0.0"],
+    "rates": ["tables.item.lr=0.03", "train.schedule=linear", "train.warmup_steps=3", "train.final_lr=0.1"],
+    "attention": ["features.seen.pooling=attention", "features.seen.positions=true"],
+    "attention_adagrad": ["features.seen.pooling=attention", ADAGRAD, "train.embedding_eps=0.01"],
+}
 CASES = {
     "mixed": ("mixed", "rowwise_adagrad"),
     "table_wise": ("table_wise", "rowwise_adagrad"),
     "row_wise": ("row_wise", "rowwise_adagrad"),
+    "table_row_wise": ("table_row_wise", "rowwise_adagrad"),
     "data_parallel": ("data_parallel", "rowwise_adagrad"),
     "column_wise": ("column_wise", "adagrad"),
     "table_wise_sgd": ("table_wise", "sgd"),
     "row_wise_adagrad": ("row_wise", "adagrad"),
+    "decayed": ("row_wise", "weight_decay"),
+    "rates": ("table_wise", "rates"),
+    "replicated_rates": ("data_parallel", "rates"),
+    "attention_table_wise": ("table_wise", "attention"),
+    "attention_row_wise": ("row_wise", "attention"),
+    "attention_column_wise": ("column_wise", "attention_adagrad"),
 }
 
 
 def recipe_for(path: Path, case: str, world_size: int = 1) -> Recipe:
-    sharding, optimizer = CASES[case]
+    sharding, variant = CASES[case]
     tables = [f"tables.{table}.sharding={kind if sharding == 'mixed' else sharding}" for table, kind in MIXED.items()]
-    # Element-wise Adagrad begins with lr * sign(g), which amplifies the rounding of a g that nearly cancels; an eps of g's size does not.
-    common = [
-        "train.embedding_lr=0.1",
-        f"train.embedding_eps={1e-2 if optimizer == 'adagrad' else 1e-8}",
-        f"data.batch_size={GLOBAL_BATCH // world_size}",
-    ]
-    return load_recipe(path, [*tables, *common, f"train.embedding_optimizer={optimizer}"])
+    common = ["train.embedding_lr=0.1", f"data.batch_size={GLOBAL_BATCH // world_size}"]
+    return load_recipe(path, [*tables, *common, *VARIANTS[variant]])
 
 
 def make_loader(recipe: Recipe, rank: int, world_size: int, split: str = "train") -> Loader:
@@ -69,59 +85,69 @@ def make_loader(recipe: Recipe, rank: int, world_size: int, split: str = "train"
 class PlainTables(nn.Module):
     """The lookup as nn.EmbeddingBag, one bag a table, dense gradients."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, attention: nn.ModuleDict) -> None:
         super().__init__()
-        self.schema = recipe.data_schema
+        self.schema, self.attention = recipe.data_schema, attention
         self.bags = nn.ModuleDict({t.name: nn.EmbeddingBag(t.rows, t.dim, mode="mean") for t in recipe.tables})
         for table in recipe.tables:
             fill_table(self.bags[table.name].weight.data, table, recipe.train.seed)
 
-    def pooled(self, feature: Feature, jagged: Any) -> torch.Tensor:
-        weight = self.bags[feature.table].weight
-        return nn.functional.embedding_bag(jagged.values(), weight, jagged.offsets()[:-1], mode=feature.pooling)
+    def pooled(self, feature: Feature, ids: Any, *, alone: bool) -> torch.Tensor:
+        weight, jagged = self.bags[feature.table].weight, ids[feature.name]
+        if feature.pooling == "attention" and not alone:
+            target = self.pooled(self.schema.target(feature), ids, alone=True)
+            return self.attention[f"list_{feature.name}"](target, weight[jagged.values()], jagged.lengths())
+        mode = "mean" if feature.pooling == "attention" else feature.pooling
+        return nn.functional.embedding_bag(jagged.values(), weight, jagged.offsets()[:-1], mode=mode)
 
     def forward(self, ids: Any) -> dict[str, torch.Tensor]:
-        vectors: dict[str, list[torch.Tensor]] = {}
-        for feature in self.schema.features:
-            if feature.is_id:
-                jagged = ids[feature.name]
-                vectors.setdefault(feature.side, []).append(self.pooled(feature, jagged))
-        return {side: torch.cat(vectors[side], dim=1) for side in SIDES if side in vectors}
+        vectors = {}
+        for side in SIDES:
+            features = [f for f in self.schema.features if f.is_id and f.side == side]
+            for key, alone in ((side, False), (side + ALONE, True)):
+                vectors[key] = torch.cat([self.pooled(feature, ids, alone=alone) for feature in features], dim=1)
+        return vectors
 
 
 @torch.no_grad()
-def update_table(weight: nn.Parameter, state: dict[str, torch.Tensor], optimizer: str, lr: float, eps: float) -> None:
-    """Row-wise Adagrad, Adagrad or SGD, by their definitions."""
-    gradient = weight.grad
-    if optimizer == "sgd":
+def update_table(weight: nn.Parameter, state: dict[str, torch.Tensor], training: TableTraining, table: EmbeddingTable, lr: float) -> None:
+    """Row-wise Adagrad, Adagrad or SGD, by their definitions; weight decay on the rows that the step looked up."""
+    looked_up = (weight.grad != 0).any(1, keepdim=True)
+    gradient = weight.grad + torch.where(looked_up, training.weight_decay_of(table) * weight, 0.0)
+    if training.optimizer == "sgd":
         weight -= lr * gradient
         return
-    square = gradient.square().mean(1, keepdim=True) if optimizer == "rowwise_adagrad" else gradient.square()
+    square = gradient.square().mean(1, keepdim=True) if training.optimizer == "rowwise_adagrad" else gradient.square()
     state["sum"] = state.get("sum", torch.zeros_like(square)) + square
-    weight -= lr * gradient / (state["sum"].sqrt() + eps)
+    weight -= lr * gradient / (state["sum"].sqrt() + training.eps)
 
 
 @functools.cache
-def plain_training(path: Path, optimizer: str) -> tuple[dict[str, torch.Tensor], np.ndarray]:
+def plain_training(path: Path, variant: str) -> tuple[dict[str, torch.Tensor], np.ndarray]:
     """Weights after STEPS steps of a plain model, and its predictions on `valid` in row order."""
-    case = next(name for name, (_, its) in CASES.items() if its == optimizer)
-    recipe = recipe_for(path, case)
-    dense = train_task(recipe)
-    tables, tower, objective = PlainTables(recipe), dense.model.tower, dense.objective
-    adam = torch.optim.AdamW([*tower.parameters()], lr=recipe.train.lr, weight_decay=recipe.train.weight_decay)
+    recipe = recipe_for(path, next(name for name, (_, its) in CASES.items() if its == variant))
+    training, dense = recipe.train.table_training, train_task(recipe)
+    tower, objective, lookup = dense.model.tower, dense.objective, dense.model.lookup
+    attention = lookup.sequence_pooling.attention if lookup.embeddings is not None else nn.ModuleDict()
+    tables = PlainTables(recipe, attention)
+    adam = torch.optim.AdamW([*tower.parameters(), *attention.parameters()], weight_decay=recipe.train.weight_decay)
     states: dict[str, dict[str, torch.Tensor]] = {name: {} for name in tables.bags}
-    for batch in make_loader(recipe, 0, 1).batches(steps=STEPS):
+    for step, batch in enumerate(make_loader(recipe, 0, 1).batches(steps=STEPS)):
         tables.zero_grad()
         adam.zero_grad()
         loss, _ = objective(tower(tables(batch.ids), batch.dense_BD), batch)
         loss.backward()
-        for name, bag in tables.bags.items():
-            update_table(bag.weight, states[name], optimizer, recipe.train.embedding_lr, recipe.train.embedding_eps)
+        factor = lr_factor(recipe.train, step, STEPS)
+        for table in recipe.tables:
+            update_table(tables.bags[table.name].weight, states[table.name], training, table, factor * training.lr_of(table))
+        adam.param_groups[0]["lr"] = factor * recipe.train.lr
         adam.step()
-    weights = {
-        f"model/model.lookup.embedding_bags.embedding_bags.table_{name}.weight": bag.weight.detach() for name, bag in tables.bags.items()
-    }
+    weights = {}
+    for name, bag in tables.bags.items():
+        holder = "embeddings.embeddings" if is_sequence_table(name, recipe.data_schema) else "embedding_bags.embedding_bags"
+        weights[f"model/model.lookup.{holder}.table_{name}.weight"] = bag.weight.detach()
     weights |= {f"model/model.tower.{name}": value.detach() for name, value in tower.state_dict().items()}
+    weights |= {f"model/model.lookup.sequence_pooling.attention.{name}": v.detach() for name, v in attention.state_dict().items()}
     return weights, plain_predictions(tables, tower, objective, make_loader(recipe, 0, 1, "valid"))
 
 
@@ -140,7 +166,8 @@ def sharded_training(ranks: Ranks, path: Path, cases: list[str]) -> dict[str, An
         built = build(recipe, ranks)
         pipeline = TrainPipelineSparseDist(built.model, built.optimizers, ranks.device)
         batches = make_loader(recipe, ranks.rank, ranks.world_size).batches(steps=STEPS)
-        for _ in range(STEPS):
+        for step in range(STEPS):
+            built.optimizers.scale_rates(lr_factor(recipe.train, step, STEPS))
             pipeline.progress(batches)
         pipeline.detach()
         parts = {}
@@ -149,8 +176,8 @@ def sharded_training(ranks: Ranks, path: Path, cases: list[str]) -> dict[str, An
                 [(s.metadata.shard_offsets, s.tensor.clone()) for s in value.local_shards()] if hasattr(value, "local_shards") else None
             )
             parts[name] = shards if shards is not None else [([0] * value.dim(), value.detach().clone())]
-        predictions = predict_rows(built.model, make_loader(recipe, ranks.rank, ranks.world_size, "valid"), ranks)
-        kinds = {table: facts["sharding"] for table, facts in built.plan().items()}
+        predictions = predict_rows(built, make_loader(recipe, ranks.rank, ranks.world_size, "valid"), ranks)
+        kinds = {table: facts["sharding"] for table, facts in built.plan.described()["tables"].items()}
         results[case] = (kinds, parts, None if predictions is None else predictions.prediction_NT)
     return results
 
@@ -171,8 +198,8 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("case", list(CASES))
 def test_sharded_training_equals_plain_training(case: str, trained: list[dict[str, Any]], log: Path) -> None:
-    sharding, optimizer = CASES[case]
-    expected, expected_predictions = plain_training(log, optimizer)
+    sharding, variant = CASES[case]
+    expected, expected_predictions = plain_training(log, variant)
     covered = {name: torch.zeros(value.shape, dtype=torch.int64) for name, value in expected.items()}
     for rank_result in trained:
         kinds, parts, _ = rank_result[case]

@@ -72,8 +72,8 @@ tasks = [{name = "ctr", kind = "binary", label = "click"}]
 root = "/logs"
 """
 TOP_KEYS = "name, data, tables, features, tasks, model, retrieval, balance, train, checkpoint"
-FEATURE_KEYS = "name, column, kind, table, side, pooling, max_length, transform, scale, buckets, default, size"
-TABLE_KEYS = "name, rows, ids, min_count, key_file, dim, init, sharding"
+FEATURE_KEYS = "name, column, kind, table, side, pooling, max_length, target, positions, transform, scale, buckets, default, size"
+TABLE_KEYS = "name, rows, ids, min_count, eviction, key_file, dim, init, dtype, lr, weight_decay, sharding, memory, cache"
 TASK_KEYS = "name, kind, label, given, scale, cap, nulls, weight, estimator, loss, delta, predict"
 
 OVERRIDE_ERRORS = {
@@ -97,8 +97,12 @@ OVERRIDE_ERRORS = {
     "data.workers=-1": "data.workers = -1: input should be greater than or equal to 0",
     "data.memory_mb=0": "data.memory_mb = 0: input should be greater than 0",
     "tasks.ctr.nulls=drop": "tasks.ctr.nulls = 'drop': input should be 'fail' or 'mask'",
-    "tables.item.ids=dynamic": "tables.item.ids = 'dynamic': input should be 'hash', 'index' or 'vocabulary'",
-    "tables.item.min_count=2": "table 'item': min_count goes with ids = 'vocabulary'",
+    "tables.item.ids=dynamo": "tables.item.ids = 'dynamo': input should be 'hash', 'index', 'vocabulary' or 'dynamic'",
+    "tables.item.min_count=2": "table 'item': min_count goes with ids = 'vocabulary' or 'dynamic'",
+    "tables.item.eviction=lru": "table 'item': eviction goes with ids = 'dynamic'",
+    "tables.item.weight_decay=0.1": "table 'item': weight decay goes with train.embedding_optimizer = 'rowwise_adagrad' or 'adam'",
+    "features.seen.positions=true": "feature 'seen': positions goes with pooling = 'attention'",
+    "features.seen.target=item": "feature 'seen': target goes with pooling = 'attention'",
     "tables.words.key_file=secret": "table 'words': key_file goes with ids = 'hash'",
     "features.item.transform=standard": "feature 'item' of kind 'id': key 'transform' goes with kind 'dense' or 'vector'",
     "data.batch_size=0": "data.batch_size = 0: input should be greater than 0",
@@ -144,6 +148,19 @@ TEXT_ERRORS = [
     ({'{name = "user", kind': "{kind"}, "missing key 'features.0.name'"),
     ({'{user = "user", item': "{item"}, "missing key 'retrieval.user'"),
     ({', table = "user"': ""}, "feature 'user' of kind 'id' needs a table"),
+    (
+        {'pooling = "sum"': 'pooling = "attention", target = "user"'},
+        "feature 'seen': target = 'user' is no feature of kind 'id' of table 'item'",
+    ),
+    (
+        {'"item", side = "user", pooling = "sum"': '"words", side = "user", pooling = "attention"'},
+        "feature 'seen': pooling = 'attention' needs a target: table 'words' has no feature of kind 'id' and side 'item'",
+    ),
+    ({'pooling = "sum", max_length = 5': 'pooling = "attention", positions = true'}, "feature 'seen': positions needs max_length"),
+    (
+        {'"row_wise"': '"data_parallel", memory = "uvm"'},
+        "table 'user': memory = \"uvm\" goes with tables that are sharded, not with data_parallel",
+    ),
     ({", size = 3": ""}, "feature 'pixels' of kind 'vector' needs a size"),
     ({', given = "ctr", estimator': ", estimator"}, "task 'cvr': estimator 'esmm' needs kind 'binary' and a 'given' task"),
     ({"]\nfeatures": '{name = "spare", rows = 5, dim = 4}]\nfeatures'}, "table 'spare' is used by no feature"),

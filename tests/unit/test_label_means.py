@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tests.unit.test_train_task import RETRIEVAL, TABLES, objective_of, random_batch, random_vectors, schema_of, tasks_of
 from triptych.embeddings.lookup import Lookup
-from triptych.embeddings.tables import meta_collection
+from triptych.embeddings.tables import meta_collections
 from triptych.mmoe.model import ModelSection, Recommender, Tower
 from triptych.mmoe.train_task import TrainTask
 
@@ -43,7 +43,7 @@ def test_biases_move_to_the_means_and_nothing_else_moves(retrieval):
     tasks = tasks_of(predict="median")
     schema = schema_of(tasks)
     tower = Tower(ModelSection(expert_layers=(4,), tower_layers=(3,)), retrieval, schema, TABLES, "fp32")
-    task = TrainTask(Recommender(Lookup(meta_collection(TABLES, schema), schema), tower), objective_of(tasks, retrieval))
+    task = TrainTask(Recommender(Lookup(meta_collections(TABLES, schema), schema), tower), objective_of(tasks, retrieval))
     before = {name: value.clone() for name, value in tower.state_dict().items()}
     batch = random_batch(40, 3, torch.float32)
     task.start_at_label_means(batch)

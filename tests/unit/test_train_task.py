@@ -7,13 +7,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from triptych.datasets.batch import Batch
 from triptych.datasets.schema import DataSection, Feature, Schema
 from triptych.embeddings.lookup import Lookup
-from triptych.embeddings.tables import PREFIX, EmbeddingTable, table_configs
+from triptych.embeddings.tables import PREFIX, EmbeddingTable, meta_collections
 from triptych.mmoe.heads import Task
 from triptych.mmoe.losses import sum_over_ranks
 from triptych.mmoe.model import ModelSection, Outputs, Recommender, RetrievalSection, Tower
@@ -267,10 +266,12 @@ class TestTrainTask:
         tasks, batch = tasks_of("esmm"), random_batch(9, 2, torch.float32)
         schema = schema_of(tasks)
         torch.manual_seed(1)
-        tables = EmbeddingBagCollection(tables=table_configs(TABLES, schema))
+        collections = meta_collections(TABLES, schema)
+        assert collections.bags is not None and collections.sequences is None
+        tables = collections.bags.to_empty(device="cpu")
         for bag in tables.embedding_bags.values():
             bag.weight.data.normal_()
-        task = TrainTask(Recommender(Lookup(tables, schema), tower_of()), objective_of(tasks))
+        task = TrainTask(Recommender(Lookup(collections, schema), tower_of()), objective_of(tasks))
         weights = {
             feature: tables.embedding_bags[PREFIX + table].weight
             for feature, table in {f.name: f.table for f in FEATURES if f.is_id}.items()

@@ -47,7 +47,7 @@ class Plan:
 
 
 def describe(plan: ShardingPlan) -> dict[str, Any]:
-    """{table: {"sharding", "kernel", "ranks", "shards": [{"rank", "rows", "columns", "offset"}]}}; without shards where it is replicated."""
+    """{table: {"sharding", "kernel", "ranks", "shards": [{"rank", "rows", "columns", "offset"}]}}; no shards where it is replicated."""
     described: dict[str, Any] = {}
     for module_plan in plan.plan.values():
         for table, parameter in module_plan.items():

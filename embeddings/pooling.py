@@ -87,8 +87,9 @@ class TargetAttention(nn.Module):
         self.first = nn.Linear(4 * dim, layers[0])
         self.rest = nn.Sequential()
         for inputs, outputs in itertools.pairwise([*layers, 1]):
-            self.rest.extend([nn.PReLU(), nn.Linear(inputs, outputs)])
-        nn.init.ones_(self.rest[-1].bias)  # near the sum at first, so that lists teach their table from the first step
+            last = nn.Linear(inputs, outputs)
+            self.rest.extend([nn.PReLU(), last])
+        nn.init.ones_(last.bias)  # near the sum at first, so that lists teach their table from the first step
         self.place_PD = nn.Parameter(torch.zeros(positions, dim)) if positions else None
 
     def activation(self, target_BD: torch.Tensor, vector_MD: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:

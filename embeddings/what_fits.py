@@ -63,6 +63,10 @@ def _of_kind(machine: Machine, kind: Kind) -> str:
     return size_text(getattr(machine, f"{kind}_memory")) + of
 
 
+def _with_memory(machine: Machine, kind: Kind, size: int) -> Machine:
+    return replace(machine, device_memory=size) if kind == "device" else replace(machine, host_memory=size)
+
+
 def _ranks(machine: Machine) -> str:
     return f"{machine.world_size} rank{'s' if machine.world_size > 1 else ''}"
 
@@ -94,18 +98,21 @@ class _Question:
             return ("host",)
         device = self.on(replace(machine, host_memory=UNLIMITED)) is None
         host = self.on(replace(machine, device_memory=UNLIMITED)) is None
-        return ("device",) * device + ("host",) * host or ("device", "host")
+        kinds: dict[Kind, bool] = {"device": device, "host": host}
+        return tuple(kind for kind, is_short in kinds.items() if is_short) or ("device", "host")
 
     def least_memory(self, short: tuple[Kind, ...]) -> tuple[Machine, Plan]:
         """The least that suffices, of what there is too little of, to about 2 %."""
-        machine = replace(self.request.machine, **{f"{kind}_memory": UNLIMITED for kind in short})
+        machine = self.request.machine
+        for kind in short:
+            machine = _with_memory(machine, kind, UNLIMITED)
         plan = self.on(machine)
         assert plan is not None, "with unlimited memory everything fits"
         for kind in short:
             too_little, enough = getattr(self.request.machine, f"{kind}_memory"), self._enough(plan, kind)
             tried = enough
             while enough - too_little > 0.02 * enough:
-                found = self.on(replace(machine, **{f"{kind}_memory": tried}))
+                found = self.on(_with_memory(machine, kind, tried))
                 if found is None:
                     too_little = tried
                 else:
@@ -113,7 +120,7 @@ class _Question:
                 tried = round_up((too_little + enough) / 2)
                 if tried >= enough:
                     break
-            machine = replace(machine, **{f"{kind}_memory": enough})
+            machine = _with_memory(machine, kind, enough)
         return machine, plan
 
     def _enough(self, plan: Plan, kind: Kind) -> int:

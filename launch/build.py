@@ -203,10 +203,13 @@ def load_optimizers(built: Built, reader: Reader) -> None:
     """
     for name, value in _fused_state(built).items():
         reader.copy_into(name, value)
+    built.optimizers.fused.set_optimizer_step(reader.manifest["step"])  # Adam's bias correction depends on it
     for name, parameter, optimizer in _dense_states(built):
         prefix = f"optimizer/{name}/"
         for saved in sorted(saved for saved in reader.names() if saved.startswith(prefix)):
             key, value = saved.removeprefix(prefix), reader.read(saved)
-            if of_table(name) is not None:
-                value = value.view_as(optimizer.state[parameter][key])
-            optimizer.state[parameter][key] = value.to(parameter.device) if value.dim() else value
+            if key in optimizer.state[parameter]:  # others may hold it, as fresh rows do
+                held = optimizer.state[parameter][key]
+                held.copy_(value.view_as(held))
+            else:
+                optimizer.state[parameter][key] = value.to(parameter.device) if value.dim() else value

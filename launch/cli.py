@@ -87,6 +87,30 @@ def inspect(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[str, typer.Option(help="recipe file, or the name of a bundled one", show_default=False)],
+    ranks: NumRanks = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="machines that the ranks are on")] = 1,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; what this machine has, unless given")] = None,
+    memory: Annotated[float | None, typer.Option(min=0, help="GiB a rank, of the GPU or on CPU of the host; as here, unless given")] = None,
+    host_memory: Annotated[float | None, typer.Option(min=0, help="GiB of host memory a rank, beside a GPU")] = None,
+    set: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="override a recipe key; repeatable")] = None,
+    json: Annotated[Path | None, typer.Option(help="write the plan here too")] = None,
+) -> None:
+    """Where each table goes and what it takes of each rank, before anything runs. Needs no data and no GPU."""
+    from . import stack
+
+    stack.check()
+    from .config import load_recipe
+    from .plan import machine_like
+    from .plan import plan as show_plan
+
+    if json is not None:
+        _check_output(json)
+    show_plan(load_recipe(recipe, set or []), machine_like(ranks, nodes, device, memory, host_memory), json)
+
+
+@app.command()
 def train(
     recipe: Annotated[str, typer.Option(help="recipe file, or the name of a bundled one", show_default=False)],
     run: Run,
@@ -101,11 +125,12 @@ def train(
     from ..embeddings.memory import this_machine
     from .build import plan_of
     from .config import load_recipe, save_recipe
-    from .distributed import device_type
+    from .distributed import device_type, quiet_the_stack
     from .inference import check_data
     from .run_folder import claim
 
     resolved = load_recipe(recipe, set or [])
+    quiet_the_stack()
     plan_of(resolved, this_machine(device_type(), ranks, ranks))
     check_data(resolved, rows=False)  # the first rank reads rows, where the data is near
     claim(run, resume=resume)

@@ -64,7 +64,8 @@ def plan(recipe: Recipe, machine: Machine, json: Path | None = None) -> None:
     for table in tables:
         table.box = box.SIMPLE if console.is_terminal else None
         console.print(table)
-    console.print(_fullest(made), highlight=False)
+    if machine.world_size > EVERY_RANK:
+        console.print(_ends(made), highlight=False)
     if json is not None:
         try:
             json.write_text(jsonlib.dumps(as_json(made), indent=2) + "\n", encoding="utf-8")
@@ -110,7 +111,9 @@ def _of_rank(plan: Plan, rank: int) -> Table:
 
 def _by_table(plan: Plan) -> Table:
     machine = plan.machine
-    table = _table(f"{machine.world_size} ranks, {machine.local_world_size} on each node; sums over ranks", ("table", "sharding", "kernel", "ranks"))
+    table = _table(
+        f"{machine.world_size} ranks, {machine.local_world_size} on each node; sums over ranks", ("table", "sharding", "kernel", "ranks")
+    )
     for name, facts in plan.described()["tables"].items():
         shares = [share for share in plan.shares if share.table == name]
         sizes = sorted({(share.rows, share.columns) for share in shares}, reverse=True)
@@ -121,12 +124,11 @@ def _by_table(plan: Plan) -> Table:
     return table
 
 
-def _fullest(plan: Plan) -> str:
+def _ends(plan: Plan) -> str:
     """The ranks that the tables take least and most of."""
     needs = plan.needs()
     order = sorted(range(len(needs)), key=lambda rank: (needs[rank].device, needs[rank].host))
-    ends = [("least", order[0]), ("most", order[-1])] if len(order) > 1 else [("all", 0)]
-    return "\n".join(f"{end}: rank {rank} with {_against(plan, needs[rank])}" for end, rank in ends)
+    return "\n".join(f"{end}: rank {rank} with {_against(plan, needs[rank])}" for end, rank in (("least", order[0]), ("most", order[-1])))
 
 
 def _against(plan: Plan, need: Memory) -> str:

@@ -42,7 +42,7 @@ def test_a_run_leaves_what_it_did(run: Path) -> None:
     assert {"recipe.toml", "plan.json", "metrics.jsonl", "tensorboard", "checkpoints", "result.json"} <= {
         path.name for path in run.iterdir()
     }
-    plan = json.loads((run / "plan.json").read_text())
+    plan = json.loads((run / "plan.json").read_text())["tables"]
     assert plan["user"]["sharding"] == "row_wise" and {shard["rank"] for shard in plan["user"]["shards"]} == {0, 1}
     result = json.loads((run / "result.json").read_text())
     assert (result["split"], result["rows"]) == ("valid", 200)

@@ -15,16 +15,19 @@ import torch
 
 from tests.ranks import run_on_ranks
 from tests.small import write_log
+from triptych.embeddings.vectors import read_all
 from triptych.launch import checkpoint
 from triptych.launch.build import model_state, optimizer_state
 from triptych.launch.config import Recipe, load_recipe
 from triptych.launch.distributed import Ranks
+from triptych.launch.export import export
 from triptych.launch.inference import predict_rows
 from triptych.launch.trainer import Trainer
 
 GLOBAL_BATCH = 60
 # 200 users for 65 rows, so that rows change hands; `bought` and `user` share the table.
 DYNAMIC = ["tables.user.ids=dynamic", "tables.user.rows=65", "tables.words.ids=dynamic", "tables.words.min_count=2"]
+ONE_RANK_PLAN = ["tables.user.sharding=row_wise", "tables.words.sharding=data_parallel"]
 EVERY = ["train.epochs=2", "checkpoint.every_steps=4", "checkpoint.keep=1000", "train.evaluate_every=7"]
 
 
@@ -41,6 +44,10 @@ def fit(ranks: Ranks, path: Path, run: Path, more: list[str], resume: bool) -> d
     state = {**model_state(trainer.built), **optimizer_state(trainer.built)}
     parts = {name: [(part.offsets, part.tensor.clone()) for part in checkpoint.local_parts(value)] for name, value in state.items()}
     return {"parts": parts, "predictions": None if predictions is None else predictions.prediction_NT}
+
+
+def fit_all(ranks: Ranks, path: Path, runs: dict[Path, list[str]], resume: bool) -> list[dict[str, Any]]:
+    return [fit(ranks, path, run, more, resume) for run, more in runs.items()]
 
 
 def whole(results: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -64,7 +71,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def one_rank(log: Path) -> tuple[Path, list[dict[str, Any]]]:
     run = log.parent / "one_rank"
-    return run, run_on_ranks(1, fit, log, run, [], False)
+    return run, run_on_ranks(1, fit, log, run, ONE_RANK_PLAN, False)
 
 
 def assert_same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
@@ -79,11 +86,14 @@ def assert_same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> 
     np.testing.assert_allclose(found[0]["predictions"], expected[0]["predictions"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("plan", ["row_wise", "table_wise", "data_parallel"])
-def test_rows_are_the_same_on_any_number_of_ranks_and_plan(log: Path, one_rank: tuple[Path, list[dict[str, Any]]], plan: str) -> None:
-    more = [f"tables.{table}.sharding={plan}" for table in ("user", "words")]
-    found = run_on_ranks(2 if plan != "row_wise" else 3, fit, log, log.parent / plan, more, False)
-    assert_same(found, one_rank[1])
+@pytest.mark.parametrize("world_size, plans", [(2, ["table_wise", "data_parallel"]), (3, ["row_wise"])])
+def test_rows_are_the_same_on_any_number_of_ranks_and_plan(
+    log: Path, one_rank: tuple[Path, list[dict[str, Any]]], world_size: int, plans: list[str]
+) -> None:
+    runs = {log.parent / plan: [f"tables.{table}.sharding={plan}" for table in ("user", "words")] for plan in plans}
+    found = run_on_ranks(world_size, fit_all, log, runs, False)
+    for i in range(len(plans)):
+        assert_same([results[i] for results in found], one_rank[1])
 
 
 def stopped_copy(run: Path, stop: int) -> Path:
@@ -98,12 +108,13 @@ def stopped_copy(run: Path, stop: int) -> Path:
 
 def test_a_resumed_run_equals_the_undisturbed_one(log: Path, one_rank: tuple[Path, list[dict[str, Any]]]) -> None:
     run, expected = one_rank
-    for stop in (4, 7, 16):  # between evaluations, at one, and in the second epoch
-        found = run_on_ranks(1, fit, log, stopped_copy(run, stop), [], True)
+    stops = (4, 7, 16)  # between evaluations, at one, in the second epoch
+    runs = {stopped_copy(run, stop): ONE_RANK_PLAN for stop in stops}
+    for found in run_on_ranks(1, fit_all, log, runs, True)[0]:
         for name, parts in expected[0]["parts"].items():
-            for (_, tensor), (_, expected_tensor) in zip(found[0]["parts"][name], parts, strict=True):
-                assert torch.equal(tensor, expected_tensor), (stop, name)
-        assert np.array_equal(found[0]["predictions"], expected[0]["predictions"])
+            for (_, tensor), (_, expected_tensor) in zip(found["parts"][name], parts, strict=True):
+                assert torch.equal(tensor, expected_tensor), name
+        assert np.array_equal(found["predictions"], expected[0]["predictions"])
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(log: Path, one_rank: tuple[Path, list[dict[str, Any]]]) -> None:
@@ -188,3 +199,22 @@ def test_new_ids_learn_while_hashed_ones_collide(tmp_path: Path) -> None:
     assert auc["distance_lfu"] > auc["hashed"] + 0.02
     # Ids that were frequent once keep their rows, and the new ones take each other's.
     assert auc["lfu"] < auc["hashed"]
+
+
+def export_run(ranks: Ranks, run: Path, out: Path) -> None:
+    export(run, out, ranks)
+
+
+def test_an_export_holds_raw_ids(log: Path, one_rank: tuple[Path, list[dict[str, Any]]]) -> None:
+    run = one_rank[0]
+    vectors = {}
+    for world_size in (1, 2):
+        out = run.with_name(f"vectors_{world_size}")
+        run_on_ranks(world_size, export_run, run, out)
+        ids, vector_ND = read_all(out / "users", "user")
+        order = np.argsort(ids.to_numpy())
+        vectors[world_size] = ids.to_numpy()[order], vector_ND[order]
+    users = np.unique(pq.read_table(log.parent / "train.parquet", columns=["user"]).column(0).to_numpy())
+    for ids, _ in vectors.values():
+        assert np.array_equal(ids, users)
+    np.testing.assert_allclose(vectors[2][1], vectors[1][1], rtol=1e-5, atol=1e-7)

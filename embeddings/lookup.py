@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import nn
+from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.modules.regroup import KTRegroupAsDict
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
@@ -54,7 +58,8 @@ class SequencePooling(nn.Module):
             }
         )
 
-    def forward(self, single: dict[str, JaggedTensor]) -> KeyedTensor:
+    def forward(self, collections: Sequence[dict[str, JaggedTensor]]) -> KeyedTensor:
+        single = {name: vectors for collection in collections for name, vectors in collection.items()}
         pooled: dict[str, torch.Tensor] = {}
         for feature in self.features:
             vector_MD, lengths_B = single[feature.name].values().float(), single[feature.name].lengths()
@@ -77,7 +82,7 @@ class Lookup(nn.Module):
         attention is there twice: as `side`, and as `side_alone` with means in place of attention, for what may not see the target.
     """
 
-    def __init__(self, collections: Collections, schema: Schema, attention_layers: tuple[int, ...] = (64, 32)) -> None:
+    def __init__(self, collections: Collections, schema: Schema, attention_layers: tuple[int, ...] = (36,)) -> None:
         super().__init__()
         self.embedding_bags, self.embeddings = collections
         dims = _dims(collections)
@@ -86,22 +91,25 @@ class Lookup(nn.Module):
         means = {f.name for f in schema.features if f.kind == "ids" and f.pooling == "mean"}
         sequence_features = {f.name for f in schema.features if f.is_id and is_sequence_table(str(f.table), schema)}
         self.mean_pooling = MeanPooling(dims, groups, means - sequence_features)
-        if self.embeddings is not None:
+        if self.embeddings:
             self.sequence_pooling = SequencePooling(schema, dims, attention_layers)
 
     def forward(self, ids: KeyedJaggedTensor) -> dict[str, torch.Tensor]:
         pooled = []
         if self.embedding_bags is not None:
             pooled.append(self.embedding_bags(ids))
-        if self.embeddings is not None:
-            pooled.append(self.sequence_pooling(self.embeddings(ids)))
+        if self.embeddings:
+            pooled.append(self.sequence_pooling([collection(ids) for collection in self.embeddings]))
         return self.mean_pooling(ids, self.regroup(pooled))
 
 
 def _dims(collections: Collections) -> dict[str, int]:
     """{feature: width of its vector}."""
     bags, sequences = collections
-    configs = [*(bags.embedding_bag_configs() if bags else ()), *(sequences.embedding_configs() if sequences else ())]
+    configs: list[Any] = [*(bags.embedding_bag_configs() if bags else ())]
+    for collection in sequences:
+        assert isinstance(collection, EmbeddingCollection)
+        configs += collection.embedding_configs()
     return {name: config.embedding_dim for config in configs for name in config.feature_names}
 
 

@@ -69,7 +69,7 @@ def allowed(use: TableUse, machine: Machine) -> list[str]:
     Raises:
         InputError: the table asks for one that would train another model, or that TorchRec lacks.
     """
-    table, problem = use.table, None
+    table = use.table
     if table.sharding == "column_wise" and use.training.optimizer == "rowwise_adagrad":
         raise InputError(
             f'table \'{table.name}\': sharding = "column_wise" needs train.embedding_optimizer = "adagrad" or "sgd": '
@@ -80,6 +80,12 @@ def allowed(use: TableUse, machine: Machine) -> list[str]:
             f"table '{table.name}': sharding = \"{table.sharding}\" is not to be had for a table with an attention feature; "
             "use auto, table_wise, row_wise or column_wise"
         )
+    rowless = _leaves_a_rank_without_rows(table, machine)
+    if table.sharding in rowless:
+        raise InputError(
+            f"table '{table.name}': sharding = \"{table.sharding}\" would leave a rank without one of its {table.rows} rows; "
+            "use auto or table_wise"
+        )
     problem = _not_replicated(use)
     if table.sharding == "data_parallel" and problem:
         raise InputError(f"table '{table.name}': sharding = \"data_parallel\" does not go with {problem}; use auto or another sharding")
@@ -89,7 +95,13 @@ def allowed(use: TableUse, machine: Machine) -> list[str]:
     if not use.is_sequence:
         choices += ["table_row_wise"] if machine.world_size > machine.local_world_size else []
         choices += [] if problem else ["data_parallel"]
-    return choices
+    return [choice for choice in choices if choice not in rowless]
+
+
+def _leaves_a_rank_without_rows(table: EmbeddingTable, machine: Machine) -> list[str]:
+    """Shardings by rows that FBGEMM cannot look up: without any weights, its CPU kernel takes itself for the GPU's."""
+    sharers = {"row_wise": machine.world_size, "table_row_wise": machine.local_world_size}
+    return [kind for kind, ranks in sharers.items() if -(-table.rows // ranks) * (ranks - 1) >= table.rows]
 
 
 def _not_replicated(use: TableUse) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, field_validator, model_validator
+from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, EmbeddingConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
@@ -59,10 +60,12 @@ class EmbeddingTable(TableIds):
 
 
 class Collections(NamedTuple):
-    """The tables as TorchRec modules. bags: pooled by sum. sequences: one vector an id, for what attends to single ids."""
+    """The tables as TorchRec modules."""
 
     bags: EmbeddingBagCollection | None
-    sequences: EmbeddingCollection | None
+    """Pooled by sum."""
+    sequences: nn.ModuleList
+    """One vector an id, for what attends to single ids. One collection a width, as each has one."""
 
 
 def is_sequence_table(table: str, schema: Schema) -> bool:
@@ -89,10 +92,13 @@ def meta_collections(tables: Sequence[EmbeddingTable], schema: Schema) -> Collec
         for table in tables
         if not is_sequence_table(table.name, schema)
     ]
-    sequences = [EmbeddingConfig(**_config(table, schema)) for table in tables if is_sequence_table(table.name, schema)]
+    sequences: dict[int, list[EmbeddingConfig]] = {}
+    for table in tables:
+        if is_sequence_table(table.name, schema):
+            sequences.setdefault(table.dim, []).append(EmbeddingConfig(**_config(table, schema)))
     return Collections(
         EmbeddingBagCollection(tables=bags, device=meta) if bags else None,
-        EmbeddingCollection(tables=sequences, device=meta) if sequences else None,
+        nn.ModuleList(EmbeddingCollection(tables=sequences[dim], device=meta) for dim in sorted(sequences)),
     )
 
 

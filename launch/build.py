@@ -58,7 +58,7 @@ def train_task(recipe: Recipe) -> TrainTask:
     schema = recipe.data_schema
     tower = Tower(recipe.model, recipe.retrieval, schema, recipe.tables, recipe.train.precision)
     collections = meta_collections(recipe.tables, schema)
-    for collection in collections:
+    for collection in (collections.bags, collections.sequences):
         if collection is not None:
             recipe.train.table_training.attach(collection, recipe.tables)
     model = Recommender(Lookup(collections, schema, recipe.model.attention_layers), tower)

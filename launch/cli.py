@@ -35,11 +35,14 @@ def synth(
     seed: Annotated[int, typer.Option(help="same seed, same bytes")] = 0,
     users: Annotated[int | None, typer.Option(min=1, help="number of users")] = None,
     items: Annotated[int | None, typer.Option(min=1, help="number of items")] = None,
+    tastes: Annotated[int | None, typer.Option(min=1, help="different things that each user likes")] = None,
+    history: Annotated[int | None, typer.Option(min=1, help="most items in a user's history")] = None,
 ) -> None:
     """Write a synthetic world whose true probabilities are known."""
     from ..datasets.world import World, write_world
 
-    sizes = {name: value for name, value in (("users", users), ("items", items)) if value is not None}
+    given = {"users": users, "items": items, "tastes": tastes, "history": history}
+    sizes = {name: value for name, value in given.items() if value is not None}
     try:
         world = World(rows=rows, seed=seed, **sizes)
     except ValueError as error:

@@ -31,7 +31,7 @@ class ModelSection(Section):
     expert_layers: tuple[PositiveInt, ...] = Field(default=(256, 128), min_length=1)
     tower_layers: tuple[PositiveInt, ...] = (64,)
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    attention_layers: tuple[PositiveInt, ...] = Field(default=(64, 32), min_length=1)
+    attention_layers: tuple[PositiveInt, ...] = Field(default=(36,), min_length=1)
     """Hidden layers of what weighs the ids of a list feature with pooling = "attention"."""
 
 

@@ -34,6 +34,11 @@ GLOBAL_BATCH = 128
 TOLERANCE = 1e-6
 MIXED = {"user": "row_wise", "item": "table_wise", "words": "data_parallel"}
 ADAGRAD = "train.embedding_optimizer=adagrad"
+# Two tables of different widths.
+ATTENTION = [
+    *("features.seen.pooling=attention", "features.seen.positions=true"),
+    *("features.bought.pooling=attention", "features.bought.target=user"),
+]
 VARIANTS = {
     "rowwise_adagrad": [],
     # Element-wise Adagrad begins with lr * sign(g), which amplifies the rounding of a g that nearly cancels; an eps of g's size does not.
@@ -41,8 +46,8 @@ VARIANTS = {
     "sgd": ["train.embedding_optimizer=sgd"],
     "weight_decay": ["train.embedding_weight_decay=0.1", "tables.item.weight_decay=0.0"],
     "rates": ["tables.item.lr=0.03", "train.schedule=linear", "train.warmup_steps=3", "train.final_lr=0.1"],
-    "attention": ["features.seen.pooling=attention", "features.seen.positions=true"],
-    "attention_adagrad": ["features.seen.pooling=attention", ADAGRAD, "train.embedding_eps=0.01"],
+    "attention": ATTENTION,
+    "attention_adagrad": [*ATTENTION, ADAGRAD, "train.embedding_eps=0.01"],
 }
 CASES = {
     "mixed": ("mixed", "rowwise_adagrad"),
@@ -128,7 +133,7 @@ def plain_training(path: Path, variant: str) -> tuple[dict[str, torch.Tensor], n
     recipe = recipe_for(path, next(name for name, (_, its) in CASES.items() if its == variant))
     training, dense = recipe.train.table_training, train_task(recipe)
     tower, objective, lookup = dense.model.tower, dense.objective, dense.model.lookup
-    attention = lookup.sequence_pooling.attention if lookup.embeddings is not None else nn.ModuleDict()
+    attention = lookup.sequence_pooling.attention if lookup.embeddings else nn.ModuleDict()
     tables = PlainTables(recipe, attention)
     adam = torch.optim.AdamW([*tower.parameters(), *attention.parameters()], weight_decay=recipe.train.weight_decay)
     states: dict[str, dict[str, torch.Tensor]] = {name: {} for name in tables.bags}
@@ -144,7 +149,10 @@ def plain_training(path: Path, variant: str) -> tuple[dict[str, torch.Tensor], n
         adam.step()
     weights = {}
     for name, bag in tables.bags.items():
-        holder = "embeddings.embeddings" if is_sequence_table(name, recipe.data_schema) else "embedding_bags.embedding_bags"
+        widths = sorted({t.dim for t in recipe.tables if is_sequence_table(t.name, recipe.data_schema)})
+        holder = "embedding_bags.embedding_bags"
+        if is_sequence_table(name, recipe.data_schema):
+            holder = f"embeddings.{widths.index(bag.embedding_dim)}.embeddings"
         weights[f"model/model.lookup.{holder}.table_{name}.weight"] = bag.weight.detach()
     weights |= {f"model/model.tower.{name}": value.detach() for name, value in tower.state_dict().items()}
     weights |= {f"model/model.lookup.sequence_pooling.attention.{name}": v.detach() for name, v in attention.state_dict().items()}

@@ -81,7 +81,7 @@ def problems(draw: st.DrawFn) -> tuple[tuple[EmbeddingTable, ...], Machine, str 
     tables = tuple(
         EmbeddingTable(
             name=f"t{i}",
-            rows=draw(st.integers(2, 5000)),
+            rows=draw(st.integers(31, 5000)),  # enough for a row on each of six ranks
             dim=draw(st.sampled_from([4, 8, 20])),
             dtype=draw(st.sampled_from(["fp32", "fp16"])),
             memory=memory,
@@ -117,6 +117,18 @@ def test_parts_cover_each_table_once_and_a_plan_reads_back(problem: tuple[tuple[
     assert all(need.fits(machine.for_tables) for need in plan.needs())
     described = json.loads(json.dumps(plan.described()))
     assert saved_plan(described, model, tables, schema, ADAGRAD, machine) == plan
+
+
+def test_no_rank_is_left_without_a_row() -> None:
+    """FBGEMM's CPU kernel cannot look up in a part of no rows: 5 rows on 4 ranks are 2, 2, 1 and none."""
+    machine = replace(CPU, world_size=4, local_world_size=4)
+    for rows, rowless in ((2, True), (5, True), (6, True), (7, False), (9, True), (10, False)):
+        table = EmbeddingTable(name="a", rows=rows, dim=4)
+        allowed = planned((table,), machine).made_for["tables"][0]["allowed"]
+        assert ("row_wise" not in allowed) == rowless, rows
+        if rowless:
+            with pytest.raises(InputError, match="would leave a rank without one of its"):
+                planned((table.model_copy(update={"sharding": "row_wise"}),), machine)
 
 
 def test_a_saved_plan_serves_only_what_it_was_made_for() -> None:

@@ -267,7 +267,7 @@ class TestTrainTask:
         schema = schema_of(tasks)
         torch.manual_seed(1)
         collections = meta_collections(TABLES, schema)
-        assert collections.bags is not None and collections.sequences is None
+        assert collections.bags is not None and not collections.sequences
         tables = collections.bags.to_empty(device="cpu")
         for bag in tables.embedding_bags.values():
             bag.weight.data.normal_()

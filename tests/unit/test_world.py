@@ -134,6 +134,7 @@ def test_a_flipped_bit_is_caught_by_the_page_checksums(middle: Path, tmp_path: P
     "world",
     [World(rows=40_000, users=5_000, seed=seed) for seed in (0, 1, 2)]
     + [World(rows=40_000, users=10, items=10, seed=4), World(rows=40_000, users=100, items=2_000, seed=5, correlation=-1)]
+    + [World(rows=40_000, users=5_000, items=500, seed=seed, tastes=tastes) for seed, tastes in ((7, 2), (8, 4), (9, 16))]
     + [World(rows=40_000, users=500, items=100, seed=6, click_rate=0.06, click_auc=0.72, conversion_rate=0.08, conversion_auc=0.7)],
     ids=lambda world: f"seed{world.seed}",
 )
@@ -291,6 +292,8 @@ def test_an_interrupted_write_leaves_no_half_file_and_keeps_the_old_one(tmp_path
         ("click_auc", 1.0, "from 0.6 to 0.9"),
         ("conversion_rate", float("nan"), "from 0.01 to 0.5"),
         ("item_zipf", 3, "from 0.0 to 2.0"),
+        ("tastes", 0, "a whole number from 1 to 16"),
+        ("history", 101, "a whole number from 1 to 100"),
     ],
 )
 def test_a_bad_parameter_is_refused_by_name(name: str, value: object, allowed: str) -> None:

@@ -110,11 +110,12 @@ class Built:
         return unchanged(batch) if self.dynamic is None else self.dynamic.found(batch)
 
 
-def build(recipe: Recipe, ranks: Ranks, plan: Plan | None = None) -> Built:
+def build(recipe: Recipe, ranks: Ranks, plan: Plan | None = None, *, initialise: bool = True) -> Built:
     """Collective: shard the recipe's model over all ranks.
 
     Args:
         plan: the first rank's counts; made here, unless given.
+        initialise: False leaves tables at 0, for a checkpoint to fill.
     Raises:
         InputError: no sharding plan fits.
     """

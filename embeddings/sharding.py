@@ -58,18 +58,18 @@ def shard(
     training: TableTraining,
     *,
     device: torch.device,
-    seed: int,
+    seed: int | None,
     comms: Comms = "fp32",
 ) -> DistributedModelParallel:
     """Shard and initialise a model whose tables are on meta. Collective: every rank calls it with the same plan.
 
-    The initial table weights depend on `seed` alone, not on the plan; the dense weights of rank 0 go to all ranks.
+    The initial table weights depend on `seed` alone, not on the plan; without one they are 0. The dense weights of rank 0 go to all ranks.
     """
     their_sharders = sharders(training, comms, device, prefetches=prefetches(tables, device))
     sharded = DistributedModelParallel(model, device=device, plan=plan, sharders=their_sharders)
     weights = table_weights(sharded)
     for table in tables:
-        if table.ids != "dynamic":  # there a row begins when an id gets it
+        if seed is not None and table.ids != "dynamic":  # there a row begins when an id gets it
             fill_table(weights[table.name], table, seed)
     return sharded
 

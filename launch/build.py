@@ -122,7 +122,8 @@ def build(recipe: Recipe, ranks: Ranks, plan: Plan | None = None, *, initialise:
     section, training = recipe.train, recipe.train.table_training
     machine = this_machine(cast(DeviceType, ranks.device.type), ranks.world_size, ranks.local_world_size)
     plan = ranks.from_first(lambda: plan or plan_of(recipe, machine))
-    model = shard(train_task(recipe), plan.sharding, recipe.tables, training, device=ranks.device, seed=section.seed, comms=section.comms)
+    seed = section.seed if initialise else None
+    model = shard(train_task(recipe), plan.sharding, recipe.tables, training, device=ranks.device, seed=seed, comms=section.comms)
     torch.manual_seed(section.seed * 100_003 + ranks.rank)  # dropout differs between ranks
     dense = dict(in_backward_optimizer_filter(model.named_parameters()))
     replicated = {table: parameter for name, parameter in dense.items() if (table := of_table(name)) is not None}

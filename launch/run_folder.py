@@ -87,6 +87,6 @@ def load_run(run: Path, recipe: Recipe, fitted: Fitted, ranks: Ranks) -> tuple[B
     """Build the run's model on these ranks and fill it; returns it with the step of its checkpoint. Collective."""
     reader = Reader(chosen_checkpoint(run))
     check_fitted(fitted, reader.folder, reader.manifest)
-    built = build(recipe, ranks)
+    built = build(recipe, ranks, initialise=False)
     load_model(built, reader)
     return built, int(reader.manifest["step"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,8 +44,14 @@ class Plan:
         return needs
 
     def described(self) -> dict[str, Any]:
-        """As JSON: {"made_for", "tables": {table: {"sharding", "kernel", "ranks", "shards": [{"rank", "rows", "columns", "offset"}]}}}."""
-        return {"made_for": self.made_for, "tables": describe(self.sharding)}
+        """As JSON: {"made_for", "tables", "sha256"}; the tables as `describe` has them."""
+        content = {"made_for": dict(self.made_for), "tables": describe(self.sharding)}
+        return {**content, "sha256": _digest(content)}
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """Of what a plan says: TorchRec takes one that was edited at its word, and looks rows up in the wrong part."""
+    return hashlib.sha256(json.dumps([content.get("made_for"), content.get("tables")], sort_keys=True).encode()).hexdigest()
 
 
 def describe(plan: ShardingPlan) -> dict[str, Any]:
@@ -109,24 +117,17 @@ def saved_plan(
     training: TableTraining,
     machine: Machine,
 ) -> Plan | None:
-    """The plan that `Plan.described` told of; None where it was made for something else, is not whole, or does not fit now.
+    """The plan that `Plan.described` told of; None where it was made for something else, was changed since, or does not fit now.
 
     Raises:
         InputError: as make_plan, other than for want of memory.
     """
     request = Request((), tuple(tables), schema, training, machine)
-    if described.get("made_for") != request.made_for():
+    if described.get("made_for") != request.made_for() or described.get("sha256") != _digest(described):
         return None
-    try:
-        sharding = ShardingPlan({path: _module_plan(names, described["tables"], request) for path, names in _tables_of(model)})
-        plan = _plan(sharding, request)
-        covered = {name: sum(s.rows * s.columns for s in plan.shares if s.table == name) for name in request.uses}
-        copies = {name: machine.world_size if facts["sharding"] == "data_parallel" else 1 for name, facts in described["tables"].items()}
-        whole = all(covered[t.name] == t.rows * t.dim * copies[t.name] for t in tables)
-        fits = all(need.fits(machine.for_tables) for need in plan.needs())
-    except (KeyError, TypeError, ValueError, IndexError):
-        return None
-    return plan if whole and fits else None
+    sharding = ShardingPlan({path: _module_plan(names, described["tables"], request) for path, names in _tables_of(model)})
+    plan = _plan(sharding, request)
+    return plan if all(need.fits(machine.for_tables) for need in plan.needs()) else None
 
 
 def _tables_of(model: nn.Module) -> Iterator[tuple[str, list[str]]]:

@@ -16,7 +16,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from ..datasets.schema import Schema, TableIds
 
 Sharding = Literal["auto", "table_wise", "row_wise", "column_wise", "table_row_wise", "data_parallel"]
-Memory = Literal["device", "uvm", "uvm_caching"]
+Placement = Literal["device", "uvm", "uvm_caching"]
 INIT_BLOCK_ROWS = 1 << 16
 PREFIX = "table_"
 """Before a table's name in the model, where a module may not be called `items` or `keys`."""
@@ -38,7 +38,7 @@ class EmbeddingTable(TableIds):
     weight_decay: NonNegativeFloat | None = None
     """L2 on the rows that a step looks up; `train.embedding_weight_decay`, unless given."""
     sharding: Sharding = "auto"
-    memory: Memory = "device"
+    memory: Placement = "device"
     """CUDA: uvm keeps the table in host memory, uvm_caching the most used rows of it in GPU memory too. On CPU all are host memory."""
     cache: float = Field(default=0.2, gt=0.0, le=1.0)
     """uvm_caching: share of the rows that GPU memory holds."""
@@ -54,6 +54,8 @@ class EmbeddingTable(TableIds):
     def _memory_goes_with_sharding(self) -> EmbeddingTable:
         if self.sharding == "data_parallel" and self.memory != "device":
             raise ValueError(f"table '{self.name}': memory = \"{self.memory}\" goes with tables that are sharded, not with data_parallel")
+        if self.memory != "uvm_caching" and self.cache != type(self).model_fields["cache"].default:
+            raise ValueError(f"table '{self.name}': cache goes with memory = \"uvm_caching\"")
         if self.ids == "dynamic" and self.memory == "uvm_caching":
             raise ValueError(f'table \'{self.name}\': rows of dynamic ids begin anew outside of a cache; use memory = "uvm" or "device"')
         return self

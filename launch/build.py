@@ -15,7 +15,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from ..datasets.batch import Batch
-from ..embeddings.dynamic.batches import DynamicBatches, dynamic_tables, unchanged
+from ..embeddings.dynamic.batches import DynamicBatches, dynamic_tables
 from ..embeddings.dynamic.fresh import FreshRows, Held
 from ..embeddings.dynamic.fresh import Part as FreshPart
 from ..embeddings.lookup import Lookup
@@ -107,7 +107,7 @@ class Built:
 
     def found(self, batch: Batch) -> Batch:
         """A batch as the files have it -> as the model takes it, to predict. Collective."""
-        return unchanged(batch) if self.dynamic is None else self.dynamic.found(batch)
+        return batch if self.dynamic is None else self.dynamic.found(batch)
 
 
 def build(recipe: Recipe, ranks: Ranks, plan: Plan | None = None, *, initialise: bool = True) -> Built:

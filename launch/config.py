@@ -97,11 +97,35 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
 
 
 def meaning(recipe: Recipe) -> dict[str, Any]:
-    """What a checkpoint's numbers mean: ids, features and labels, in their order. Plans, weights and rates may change between runs."""
+    """What a checkpoint's numbers mean: ids, features and labels, in their order, and the tables' optimizer, whose state it holds.
+
+    Plans, weights and rates may change between runs. Of features, only what is not the default: keys that came later change nothing.
+    """
     tables = recipe.model_dump(mode="json", include={"tables": {"__all__": {"name", "rows", "dim", "ids", "min_count"}}})
-    features = recipe.model_dump(mode="json", include={"features"})
+    features = {"features": [feature.model_dump(mode="json", exclude_defaults=True) for feature in recipe.features]}
     tasks = recipe.model_dump(mode="json", include={"tasks": {"__all__": {"name", "kind", "label", "given", "scale", "cap", "nulls"}}})
-    return tables | features | tasks
+    return tables | features | tasks | {"train.embedding_optimizer": recipe.train.embedding_optimizer}
+
+
+def difference(then: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first key in which two meanings differ, as the recipe has it, and its values; None if they are alike."""
+    for key, value in now.items():
+        before = then.get(key, value)
+        if not isinstance(value, list):
+            if before != value:
+                return key, before, value
+            continue
+        if [part["name"] for part in before] != [part["name"] for part in value]:
+            return key, _names(before), _names(value)
+        for old, new in zip(before, value, strict=True):
+            for part_key in sorted(old.keys() | new.keys()):
+                if old.get(part_key) != new.get(part_key):
+                    return f"{key}.{new['name']}.{part_key}", old.get(part_key, "the default"), new.get(part_key, "the default")
+    return None
+
+
+def _names(parts: list[dict[str, Any]]) -> str:
+    return ", ".join(part["name"] for part in parts)
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:

@@ -23,6 +23,7 @@ EVERY_RANK = 8
 """Ranks up to which each is shown; above, each table, and the emptiest and fullest rank."""
 PIPED_WIDTH = 200
 GIB = 1 << 30
+MOST_GIB = 1 << 20
 _BYTES = ("weights", "optimizer", "activations", "cache")
 
 
@@ -38,6 +39,9 @@ def machine_like(ranks: int, nodes: int, device: str | None, memory: float | Non
     kinds = get_args(DeviceType)
     if device is not None and device not in kinds:
         raise InputError(f"--device {device}: use {' or '.join(kinds)}")
+    for option, size in (("--memory", memory), ("--host-memory", host_memory)):
+        if size is not None and not size <= MOST_GIB:
+            raise InputError(f"{option} {size}: GiB a rank, at most {MOST_GIB}")
     if ranks % nodes:
         raise InputError(f"--ranks {ranks} --nodes {nodes}: every node has as many ranks, so nodes must divide ranks")
     kind: DeviceType = device_type() if device is None else "cuda" if device == "cuda" else "cpu"

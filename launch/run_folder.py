@@ -83,10 +83,18 @@ def check_fitted(fitted: Fitted, folder: Path, facts: Mapping[str, Any]) -> None
         raise InputError(f"{folder.parents[1] / 'fitted'} is not what {folder.name} was trained with; restore it or start another run")
 
 
+def to_predict(recipe: Recipe) -> Recipe:
+    """The recipe of the same model without what only training needs: optimizer state, and a plan for as many ranks as trained."""
+    free = {"sharding": "auto", "lr": None, "weight_decay": None}
+    train = {"embedding_optimizer": "sgd", "embedding_weight_decay": 0.0, "comms": "fp32"}
+    tables = tuple(table.model_copy(update=free) for table in recipe.tables)
+    return recipe.model_copy(update={"tables": tables, "train": recipe.train.model_copy(update=train)})
+
+
 def load_run(run: Path, recipe: Recipe, fitted: Fitted, ranks: Ranks) -> tuple[Built, int]:
     """Build the run's model on these ranks and fill it; returns it with the step of its checkpoint. Collective."""
     reader = Reader(chosen_checkpoint(run))
     check_fitted(fitted, reader.folder, reader.manifest)
-    built = build(recipe, ranks, initialise=False)
+    built = build(to_predict(recipe), ranks, initialise=False)
     load_model(built, reader)
     return built, int(reader.manifest["step"])

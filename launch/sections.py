@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from ..datasets.schema import DataSection, Label, Section, nearest
 from ..embeddings.optimizer import TableOptimizer, TableTraining
@@ -33,7 +33,7 @@ class TrainSection(Section):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Of both learning rates after the warm-up: how they fall to `final_lr` of themselves by the last step."""
     warmup_steps: NonNegativeInt = 0
-    """Steps over which both learning rates rise linearly from 0."""
+    """Steps over which both learning rates rise linearly, from 1 / warmup_steps of themselves."""
     final_lr: float = Field(default=0.0, ge=0.0, le=1.0)
     """linear and cosine: the share of the learning rates that is left at the end."""
     comms: Comms = "fp32"
@@ -50,6 +50,12 @@ class TrainSection(Section):
     """Stop after this many evaluations in a row without a better `monitor`; 0: never. The best one is kept in any case."""
     monitor: str | None = None
     """Metric that says which evaluation is best, as in "ctr.auc"; the first task's AUC (XAUC for a duration), unless given."""
+
+    @model_validator(mode="after")
+    def _final_lr_goes_with_a_schedule(self) -> TrainSection:
+        if self.schedule == "constant" and self.final_lr:
+            raise ValueError("final_lr goes with schedule = 'linear' or 'cosine'")
+        return self
 
     @property
     def table_training(self) -> TableTraining:

@@ -11,7 +11,7 @@ import typer  # noqa: E402
 
 from .build import plan_of  # noqa: E402
 from .config import load_recipe  # noqa: E402
-from .distributed import machine_of_ranks, process_group, run_rank  # noqa: E402
+from .distributed import machine_of_ranks, process_group, quiet_the_stack, run_rank  # noqa: E402
 from .inference import check_data  # noqa: E402
 from .trainer import Trainer  # noqa: E402
 
@@ -23,6 +23,7 @@ def main(
     resume: Annotated[bool, typer.Option("--resume")] = False,
 ) -> None:
     def work() -> None:
+        quiet_the_stack()
         resolved = load_recipe(recipe, set or [])
         # What does not fit is refused before the ranks wait for each other.
         plan = plan_of(resolved, machine_of_ranks(), run if resume else None)

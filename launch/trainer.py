@@ -26,7 +26,7 @@ from ..embeddings.sharding import prefetches
 from ..mmoe.losses import sum_over_ranks
 from . import checkpoint
 from .build import build, load_model, load_optimizers, model_state, optimizer_state
-from .config import Recipe, meaning, save_recipe
+from .config import Recipe, difference, meaning, save_recipe
 from .console import ProgressLines, say, summary
 from .distributed import Ranks
 from .inference import Split, split_files
@@ -105,6 +105,8 @@ class Trainer:
 
     def fit(self) -> None:
         """Train to the end, evaluating and saving on the way; leaves result.json."""
+        if self.ranks.is_first and not self.finished and self.section.warmup_steps >= self._total_steps():
+            say(f"train.warmup_steps = {self.section.warmup_steps} is longer than the training of {self._total_steps()} steps")
         while not self.finished:
             self._train_until_evaluation()
             if self.valid is not None:
@@ -112,12 +114,14 @@ class Trainer:
             self._save()
         self._finish()
 
+    def _total_steps(self) -> int:
+        later_epochs = self.section.epochs - self.position.epoch - 1
+        return self.step + self.loader.steps_left(self.position) + later_epochs * self.loader.steps_left(ReadingPosition())
+
     def _train_until_evaluation(self) -> None:
         """Train to the next evaluation: the end of the epoch, or `evaluate_every` steps."""
         every = self.section.evaluate_every
-        steps = self.loader.steps_left(self.position)
-        later_epochs = self.section.epochs - self.position.epoch - 1
-        total = self.step + steps + later_epochs * self.loader.steps_left(ReadingPosition())
+        steps, total = self.loader.steps_left(self.position), self._total_steps()
         if every:
             steps = min(steps, every - self.step % every)
         last, save_every = self.step + steps, self.recipe.checkpoint.every_steps
@@ -217,11 +221,12 @@ class Trainer:
         }
 
     def _check_same(self, folder: Path, facts: dict[str, Any]) -> None:
-        for key, value in meaning(self.recipe).items():
-            then = facts["meaning"][key]
-            if then != value:
-                what = f" ({then} then, {value} now)" if not isinstance(value, list) else ""
-                raise InputError(f"{folder}: '{key}' differs from the recipe of this checkpoint{what}; restore it or start another run")
+        differs = difference(facts["meaning"], meaning(self.recipe))
+        if differs is not None:
+            key, then, now = differs
+            raise InputError(
+                f"{folder}: '{key}' differs from the recipe of this checkpoint ({then} then, {now} now); restore it or start another run"
+            )
         check_fitted(self.fitted, folder, facts)
 
     def _save(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -34,7 +34,7 @@ class DynamicBatches:
         self.ids = DynamicIds(dynamic, rank, world_size, group)
         self.features = {table.name: [f.name for f in schema.features if f.table == table.name] for table in dynamic}
         self._ahead: deque[torch.Tensor] = deque()
-        self.tally = DynamicTally([table.name for table in dynamic], {table.name: table.rows for table in dynamic})
+        self.tally = DynamicTally({name: slots.geometry.num_sets * slots.geometry.ways for name, slots in self.ids.maps.items()})
 
     def learned(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Batches for training: new ids get rows, counts go up. What the batch must begin anew is in its `fresh_A3`."""
@@ -71,9 +71,9 @@ class DynamicBatches:
 class DynamicTally:
     """Counters since the last report."""
 
-    def __init__(self, tables: Sequence[str], rows: Mapping[str, int]) -> None:
-        self.tables, self.rows = tables, rows
-        self.total_TC = torch.zeros(len(tables), len(Counters._fields), dtype=torch.int64)
+    def __init__(self, slots: Mapping[str, int]) -> None:
+        self.slots = slots
+        self.total_TC = torch.zeros(len(slots), len(Counters._fields), dtype=torch.int64)
 
     def add(self, counters_TC: torch.Tensor) -> None:
         taken = Counters._fields.index("taken")
@@ -82,24 +82,16 @@ class DynamicTally:
 
     def report(self) -> dict[str, dict[str, float]]:
         """As `ids` in metrics.jsonl, since the last report, by table. hit_rate: share of ids (as often as they occur) that had a row before
-        the step that met them. occupancy: share of the table's rows that ids hold now."""
+        the step that met them. occupancy: share of the rows to be had that ids hold now."""
         found = {}
-        for name, counts in zip(self.tables, self.total_TC.tolist(), strict=True):
+        for name, counts in zip(self.slots, self.total_TC.tolist(), strict=True):
             c = Counters(*counts)
             found[name] = {
                 "hit_rate": c.hits / max(c.occurrences, 1),
-                "occupancy": c.taken / (self.rows[name] - 1),
+                "occupancy": c.taken / self.slots[name],
                 "admitted": c.admitted,
                 "evicted": c.evicted,
                 "refused": c.refused,
             }
         self.total_TC.zero_()
         return found
-
-
-Mapped = Callable[[Batch], Batch]
-"""A batch as the files have it -> as the model takes it."""
-
-
-def unchanged(batch: Batch) -> Batch:
-    return batch

@@ -21,6 +21,7 @@ from triptych.launch.build import Built, build, load_model, load_optimizers, mod
 from triptych.launch.config import Recipe, load_recipe, save_recipe
 from triptych.launch.distributed import Ranks
 from triptych.launch.inference import Split, predict_rows
+from triptych.launch.run_folder import load_run
 from triptych.launch.trainer import Trainer
 
 PLANS = ["table_wise", "row_wise", "data_parallel", "mixed"]
@@ -69,6 +70,20 @@ def load_and_predict(ranks: Ranks, path: Path, runs: dict[str, Path]) -> dict[tu
     return predictions
 
 
+def train_few(ranks: Ranks, path: Path, run: Path, few: list[str]) -> np.ndarray | None:
+    recipe = recipe_with(path, "table_wise", *few)
+    trainer = Trainer(recipe, run, ranks, resume=False)
+    trainer.fit()
+    return valid_predictions(recipe, trainer.built, ranks)
+
+
+def predict_elsewhere(ranks: Ranks, path: Path, run: Path, few: list[str]) -> np.ndarray | None:
+    """As `predict` does, of a run whose optimizer and plan these ranks could not train with."""
+    recipe = recipe_with(path, "table_wise", *few, "train.embedding_optimizer=adam", "train.embedding_weight_decay=0.1")
+    built, _ = load_run(run, recipe, Fitted.load(run, recipe.data_schema), ranks)
+    return valid_predictions(recipe, built, ranks)
+
+
 @pytest.fixture(scope="module")
 def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_log(tmp_path_factory.mktemp("log"))
@@ -83,6 +98,14 @@ def test_any_plan_predicts_the_same(log: Path, tmp_path: Path) -> None:
         for (saved_plan, plan), predictions in found.items():
             message = f"saved {saved_plan} on 2 ranks, loaded {plan} on {world_size}"
             np.testing.assert_allclose(predictions, expected[saved_plan], rtol=1e-6, atol=0, err_msg=message)
+
+
+def test_a_run_is_used_on_ranks_that_could_not_train_it(log: Path, tmp_path: Path) -> None:
+    few = ["tables.words.rows=5", "tables.words.sharding=row_wise"]
+    expected = run_on_ranks(1, train_few, log, tmp_path / "run", few)[0]
+    for world_size in (1, 4):  # by rows, one of the four would have none
+        found = run_on_ranks(world_size, predict_elsewhere, log, tmp_path / "run", few)[0]
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=0)
 
 
 def fit(ranks: Ranks, path: Path, runs: list[tuple[str, Path]], resume: bool) -> list[dict[str, Any]]:
@@ -193,15 +216,16 @@ def test_a_half_written_checkpoint_does_not_exist(tmp_path: Path) -> None:
 
 WRONG_RESUMES = {
     "data.train=valid.parquet": "the training files changed",
-    "tables.user.rows=98": "'tables' differs",
-    "features.length.scale=2.0": "'features' differs",
+    "tables.user.rows=98": "'tables.user.rows' differs from the recipe of this checkpoint (97 then, 98 now)",
+    "features.length.scale=2.0": "'features.length.scale' differs from the recipe of this checkpoint (the default then, 2.0 now)",
+    "train.embedding_optimizer=sgd": "'train.embedding_optimizer' differs from the recipe of this checkpoint (rowwise_adagrad then",
     "model.expert_layers=[16, 9]": "has shape [5, 8]",
     "train.seed=4": "'train.seed' differs from the recipe of this checkpoint (3 then, 4 now)",
     "data.shuffle_row_groups=2": "'data.shuffle_row_groups' differs",
     "data.memory_mb=512": "'data.memory_mb' differs",
-    "features.length.transform=quantile": "'features' differs",
-    "tables.user.min_count=2": "'tables' differs",
-    "tasks.ctr.nulls=mask": "'tasks' differs",
+    "features.length.transform=quantile": "'features.length.transform' differs",
+    "tables.user.min_count=2": "'tables.user.min_count' differs",
+    "tasks.ctr.nulls=mask": "'tasks.ctr.nulls' differs",
 }
 
 

@@ -101,6 +101,8 @@ OVERRIDE_ERRORS = {
     "tables.item.min_count=2": "table 'item': min_count goes with ids = 'vocabulary' or 'dynamic'",
     "tables.item.eviction=lru": "table 'item': eviction goes with ids = 'dynamic'",
     "tables.item.weight_decay=0.1": "table 'item': weight decay goes with train.embedding_optimizer = 'rowwise_adagrad' or 'adam'",
+    "tables.user.cache=0.5": "table 'user': cache goes with memory = \"uvm_caching\"",
+    "train.final_lr=0.5": "train: final_lr goes with schedule = 'linear' or 'cosine'",
     "features.seen.positions=true": "feature 'seen': positions goes with pooling = 'attention'",
     "features.seen.target=item": "feature 'seen': target goes with pooling = 'attention'",
     "tables.words.key_file=secret": "table 'words': key_file goes with ids = 'hash'",

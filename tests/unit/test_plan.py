@@ -155,6 +155,11 @@ def test_a_saved_plan_serves_only_what_it_was_made_for() -> None:
     far = json.loads(json.dumps(described))
     far["tables"]["e"]["shards"][0]["rank"] = 2
     assert read(far) is None
+    # Whole, but not as TorchRec cuts rows: ids would be looked up in the wrong part.
+    moved = json.loads(json.dumps(described))
+    first, second = moved["tables"]["e"]["shards"]
+    first["rows"], second["rows"], second["offset"] = first["rows"] - 5, second["rows"] + 5, [first["rows"] - 5, 0]
+    assert read(moved) is None
 
 
 def test_needs_no_process_group_and_is_the_same_in_every_process(tmp_path: Path) -> None:
@@ -218,7 +223,11 @@ def test_auto_replicates_no_table_that_would_train_differently() -> None:
 def test_uvm_lies_in_host_memory_and_its_cache_on_the_gpu() -> None:
     rows, dim = 1000, 8
     kinds = {"device": "fused", "uvm": "fused_uvm", "uvm_caching": "fused_uvm_caching"}
-    tables = tuple(EmbeddingTable(name=m, rows=rows, dim=dim, memory=m, sharding="table_wise", cache=0.1) for m in kinds)  # type: ignore[arg-type]
+    own = {"uvm_caching": {"cache": 0.1}}
+    tables = tuple(
+        EmbeddingTable.model_validate({"name": m, "rows": rows, "dim": dim, "memory": m, "sharding": "table_wise", **own.get(m, {})})
+        for m in kinds
+    )
     by_name = {share.table: share for share in planned(tables, GPUS).shares}
     assert {name: share.kernel for name, share in by_name.items()} == kinds
     table_bytes = rows * dim * 4 + rows * 4

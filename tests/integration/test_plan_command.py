@@ -23,7 +23,7 @@ def test_the_plan_is_the_one_a_run_uses(log: Path, tmp_path: Path) -> None:
     assert told.isascii() and max(map(len, told.splitlines())) < 200
     succeeds("train", "--recipe", log, "--run", tmp_path / "run", "--ranks", 2)
     ran, planned = (json.loads(path.read_text()) for path in (tmp_path / "run/plan.json", tmp_path / "plan.json"))
-    assert {key: planned[key] for key in ("made_for", "tables")} == ran
+    assert {key: planned[key] for key in ("made_for", "tables", "sha256")} == ran
     shards = {(t, s["rank"], s["rows"], s["columns"]) for t, facts in ran["tables"].items() for s in facts["shards"]}
     assert shards <= {(part["table"], part["rank"], part["rows"], part["columns"]) for part in planned["parts"]}
 

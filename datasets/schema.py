@@ -69,7 +69,7 @@ class TableIds(Section):
     """The part of `[[tables]]` that reading needs: how a raw id becomes a row."""
 
     name: str
-    rows: int = Field(gt=0, le=2**40)
+    rows: PositiveInt
     ids: Literal["hash", "index", "vocabulary", "dynamic"] = "hash"
     """hash: any integer or string, modulo rows after mixing. index: the integer is the row. vocabulary: the values of the training files,
     the most frequent ones if rows do not suffice, have a row each; row 0 stands for all others. dynamic: an id gets a row of its own when

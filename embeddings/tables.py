@@ -27,6 +27,7 @@ class EmbeddingTable(TableIds):
 
     name: str = Field(pattern=r"^[^./@]+$")
     """Without dots, slashes or @."""
+    rows: int = Field(gt=0, le=2**40)
     dim: int = Field(gt=0)
     """Width of a vector; a multiple of 4."""
     init: PositiveFloat = 0.01

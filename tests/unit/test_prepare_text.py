@@ -74,7 +74,9 @@ class TestBlocks:
             for _ in read_parts(path, parse, Meter([path], silent)):
                 held.append(pa.total_allocated_bytes() - before)
             most[num_rows] = max(held)
-        assert most[80_000] < 1.2 * most[10_000] < 10 * text.BLOCK_BYTES
+        # The long file has over 100 blocks; Arrow may hold a block that was parsed until a thread of its own lets it go.
+        assert path.stat().st_size > 40 * text.BLOCK_BYTES
+        assert max(most.values()) < 4 * text.BLOCK_BYTES
 
 
 class TestRefusals:

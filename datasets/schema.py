@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 SIDES = ("user", "item", "context")
+Eviction = Literal["distance_lfu", "lru", "lfu"]
 
 
 class InputError(ValueError):
@@ -76,7 +77,7 @@ class TableIds(Section):
     training meets it, and may lose it to another when the table is full; row 0 stands for ids without one."""
     min_count: PositiveInt = 1
     """vocabulary and dynamic: ids that occur less often share row 0."""
-    eviction: Literal["distance_lfu", "lru", "lfu"] = "distance_lfu"
+    eviction: Eviction = "distance_lfu"
     """dynamic: who loses its row: the lowest frequency over time unseen, the longest unseen, or the least frequent."""
     key_file: str | None = None
     """hash: a file with a secret of at least 16 bytes. Ids are hashed with it, and exports hold the hashes instead of the ids."""

@@ -13,7 +13,8 @@ from .memory import MEMORY_RESERVED, Machine
 from .tables import EmbeddingTable, meta_collections
 
 if TYPE_CHECKING:
-    from .plan import Plan, Request
+    from .plan import Plan
+    from .planner import Request
 
     Attempt = Callable[[Request, nn.Module], Plan | None]
 

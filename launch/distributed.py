@@ -85,8 +85,11 @@ def quiet_the_stack() -> None:
 
 def machine_of_ranks() -> Machine:
     """What the ranks that torchrun started have, read from the environment: before they join each other."""
-    world_size, local_world_size = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return this_machine(device_type(), world_size, local_world_size)
+    return this_machine(device_type(), _from_torchrun("WORLD_SIZE", 1), _from_torchrun("LOCAL_WORLD_SIZE", 1))
+
+
+def _from_torchrun(name: str, otherwise: int) -> int:
+    return int(os.environ.get(name, otherwise))
 
 
 def device_type() -> DeviceType:
@@ -97,8 +100,8 @@ def device_type() -> DeviceType:
 def process_group() -> Iterator[Ranks]:
     """Join the ranks that torchrun started, or be the only one. gloo serves CPU tensors, nccl CUDA tensors."""
     quiet_the_stack()
-    world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    local_rank, local_world_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    world_size, rank = _from_torchrun("WORLD_SIZE", 1), _from_torchrun("RANK", 0)
+    local_rank, local_world_size = _from_torchrun("LOCAL_RANK", 0), _from_torchrun("LOCAL_WORLD_SIZE", 1)
     device = _device(local_rank, local_world_size)
     # torchrun sets one thread a rank; the machine's cores are there to be shared out.
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size))

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from ...datasets.schema import Eviction
 from .slot_map import Counters, Observed, RowShard, SlotMap
-from .slots import Eviction
 
 STEP = "step"
 """The name of the step counter in the state. Names of a table's arrays hold a slash."""

@@ -19,7 +19,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .slots import Eviction, Geometry, Slots
+from ...datasets.schema import Eviction
+from .slots import Geometry, Slots
 
 
 class RowShard(NamedTuple):

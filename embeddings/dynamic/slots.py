@@ -7,19 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 
 from ...datasets.ids import mix
+from ...datasets.schema import Eviction
 
 SET_ROWS = 64
 _BLOCK = 512
 """Sets worked on at a time: 256 KiB of ids, which stay in the cache."""
 _NEVER = np.iinfo(np.int64).max
 _MAX_COUNT = np.iinfo(np.int32).max
-
-Eviction = Literal["lfu", "lru", "distance_lfu"]
 
 
 def _lfu(count: np.ndarray, last: np.ndarray, step: int) -> np.ndarray:

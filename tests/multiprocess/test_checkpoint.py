@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.ranks import run_on_ranks
+from tests.runs import local_values, stopped_copy
 from tests.small import write_log
 from triptych.datasets.fitted import Fitted
 from triptych.datasets.schema import InputError
@@ -33,10 +34,6 @@ DISTURBANCES = ["flipped", "cut", "missing", "other_step", "manifest"]
 def recipe_with(path: Path, sharding: str, *more: str) -> Recipe:
     plan = [f"tables.{table}.sharding={kind if sharding == 'mixed' else sharding}" for table, kind in MIXED.items()]
     return load_recipe(path, [*plan, *more])
-
-
-def local_values(state: checkpoint.State) -> dict[str, list[tuple[tuple[int, ...], torch.Tensor]]]:
-    return {name: [(part.offsets, part.tensor.clone()) for part in checkpoint.local_parts(value)] for name, value in state.items()}
 
 
 def valid_predictions(recipe: Recipe, built: Built, ranks: Ranks) -> np.ndarray | None:
@@ -118,17 +115,6 @@ def fit(ranks: Ranks, path: Path, runs: list[tuple[str, Path]], resume: bool) ->
         state = local_values(model_state(trainer.built) | optimizer_state(trainer.built))
         results.append({"state": state, "step": trainer.step, "position": trainer.position, "best": trainer.best})
     return results
-
-
-def stopped_copy(whole: Path, stop: int) -> Path:
-    """The run as it was when it stopped after step `stop`."""
-    run = whole.with_name(f"{whole.name}_stopped_{stop}")
-    shutil.copytree(whole, run)
-    for folder in checkpoint.committed(run / "checkpoints"):
-        if int(folder.name.removeprefix("step_")) > stop:
-            shutil.rmtree(folder)
-    (run / "result.json").unlink()
-    return run
 
 
 def test_resumed_training_equals_undisturbed_training(log: Path, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,9 @@ import pytest
 import torch
 
 from tests.ranks import run_on_ranks
+from tests.runs import local_values, stopped_copy
 from tests.small import write_log
 from triptych.embeddings.vectors import read_all
-from triptych.launch import checkpoint
 from triptych.launch.build import model_state, optimizer_state
 from triptych.launch.config import Recipe, load_recipe
 from triptych.launch.distributed import Ranks
@@ -42,8 +41,7 @@ def fit(ranks: Ranks, path: Path, run: Path, more: list[str], resume: bool) -> d
     assert trainer.valid is not None
     predictions = predict_rows(trainer.built, trainer.valid.loader, ranks)
     state = {**model_state(trainer.built), **optimizer_state(trainer.built)}
-    parts = {name: [(part.offsets, part.tensor.clone()) for part in checkpoint.local_parts(value)] for name, value in state.items()}
-    return {"parts": parts, "predictions": None if predictions is None else predictions.prediction_NT}
+    return {"parts": local_values(state), "predictions": None if predictions is None else predictions.prediction_NT}
 
 
 def fit_all(ranks: Ranks, path: Path, runs: dict[Path, list[str]], resume: bool) -> list[dict[str, Any]]:
@@ -94,16 +92,6 @@ def test_rows_are_the_same_on_any_number_of_ranks_and_plan(
     found = run_on_ranks(world_size, fit_all, log, runs, False)
     for i in range(len(plans)):
         assert_same([results[i] for results in found], one_rank[1])
-
-
-def stopped_copy(run: Path, stop: int) -> Path:
-    copy = run.with_name(f"{run.name}_stopped_{stop}")
-    shutil.copytree(run, copy)
-    for folder in checkpoint.committed(copy / "checkpoints"):
-        if int(folder.name.removeprefix("step_")) > stop:
-            shutil.rmtree(folder)
-    (copy / "result.json").unlink()
-    return copy
 
 
 def test_a_resumed_run_equals_the_undisturbed_one(log: Path, one_rank: tuple[Path, list[dict[str, Any]]]) -> None:

@@ -25,7 +25,8 @@ from ..embeddings.sharding import of_table, shard, sharders
 from ..embeddings.tables import EmbeddingTable, meta_collections
 from ..mmoe.model import Recommender, Tower
 from ..mmoe.train_task import Objective, TrainTask
-from .checkpoint import Reader, State, local_parts
+from .checkpoints.parts import State, local_parts
+from .checkpoints.reader import Reader
 from .config import Recipe
 from .distributed import Ranks
 

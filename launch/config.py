@@ -16,7 +16,7 @@ from ..embeddings.tables import EmbeddingTable
 from ..mmoe.balance import BalanceSection
 from ..mmoe.heads import Task
 from ..mmoe.model import ModelSection, RetrievalSection
-from .checkpoint import CheckpointSection
+from .checkpoints.saver import CheckpointSection
 from .sections import TrainSection
 
 if sys.version_info >= (3, 11):

@@ -53,6 +53,13 @@ class Ranks:
             dist.broadcast_object_list(made)
         return made[0]
 
+    def all_gather(self, part: T, group: dist.ProcessGroup | None = None) -> list[T]:
+        """The parts of all ranks, on all of them. Collective."""
+        parts: list[Any] = [part] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(parts, part, group=group)
+        return parts
+
     def gather(self, part: T) -> list[T]:
         """The parts of all ranks on the first, nothing on the others. Collective."""
         parts: list[Any] = [part] * self.world_size if self.is_first else []

@@ -15,7 +15,8 @@ from typing import IO, Any
 from ..datasets.fitted import Fitted
 from ..datasets.schema import InputError
 from .build import Built, build, load_model
-from .checkpoint import Reader, committed
+from .checkpoints.manifest import committed
+from .checkpoints.reader import Reader
 from .config import Recipe, load_recipe
 from .distributed import Ranks
 

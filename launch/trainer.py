@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,40 @@ from ..datasets.schema import InputError
 from ..embeddings.plan import Plan
 from ..embeddings.sharding import prefetches
 from ..mmoe.losses import sum_over_ranks
-from . import checkpoint
 from .build import build, load_model, load_optimizers, model_state, optimizer_state
+from .checkpoints.manifest import committed
+from .checkpoints.reader import open_newest
+from .checkpoints.saver import Saver
 from .config import Recipe, difference, meaning, save_recipe
 from .console import ProgressLines, say, summary
 from .distributed import Ranks
+from .evaluations import Evaluations
+from .faults.stages import stage
+from .faults.stop import StopRequest
 from .inference import Split, split_files
 from .records import Records, write_json
 from .run_folder import check_fitted, claim, lock
 from .schedule import lr_factor
-from .sections import BETTER_WHEN_LARGE
+
+BATCHES_IN_PIPELINE = 3
+
+
+class Feed:
+    """The batches of steps (step, last], handed out one by one. Which is the last may be decided while they are."""
+
+    def __init__(self, batches: Iterator[Batch], step: int, last: int) -> None:
+        self.batches, self.step, self.last = batches, step, last
+
+    def __iter__(self) -> Iterator[Batch]:
+        while self.step < self.last:
+            self.step += 1
+            stage(f"reading the batch of step {self.step}")
+            yield next(self.batches)
+
+    def end_after(self, step: int) -> None:
+        """End early. Batches are taken ahead of training, on some ranks further than on others: `step` is beyond them all."""
+        self.last = min(self.last, step)
+        assert self.step <= self.last, f"{self.step} batches were taken, {self.last} are to be trained"
 
 
 class Trainer:
@@ -52,7 +75,7 @@ class Trainer:
             claim(run, resume=resume)
             self.lock = lock(run)
         schema = recipe.data_schema
-        goes_on = ranks.from_first(lambda: resume and bool(checkpoint.committed(self.checkpoints)))
+        goes_on = ranks.from_first(lambda: resume and bool(committed(self.checkpoints)))
         train_files = split_files(schema, str(recipe.data.train))
         self.listing = ranks.from_first(lambda: list_slices(schema, train_files, labels=True))
         self.fitted = ranks.from_first(lambda: Fitted.load(run, schema)) if goes_on else self._fit()
@@ -62,8 +85,9 @@ class Trainer:
         pipeline = PrefetchTrainPipelineSparseDist if prefetches(recipe.tables, ranks.device) else TrainPipelineSparseDist
         self.pipeline = pipeline(self.built.model, self.built.optimizers, ranks.device)
         self.step, self.position = 0, ReadingPosition()
-        self.best: dict[str, Any] | None = None
-        self.evaluations_since_best = 0
+        self.evaluations = Evaluations(self.section, recipe.tasks)
+        self.saver = Saver(self.checkpoints, recipe.checkpoint, ranks)
+        self.stop, self.stopping = StopRequest.of_this_process(), False
         if resume:
             self._resume()
         if self.step == 0:
@@ -100,19 +124,28 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        out_of_patience = 0 < self.section.patience <= self.evaluations_since_best
+        out_of_patience = 0 < self.section.patience <= self.evaluations.since_best
         return self.position.epoch >= self.section.epochs or out_of_patience
 
-    def fit(self) -> None:
-        """Train to the end, evaluating and saving on the way; leaves result.json."""
+    def fit(self) -> bool:
+        """Train to the end, evaluating and saving on the way; leaves result.json.
+
+        Returns:
+            False if it was asked to stop before: it saved, and goes on from there with `resume`.
+        """
         if self.ranks.is_first and not self.finished and self.section.warmup_steps >= self._total_steps():
             say(f"train.warmup_steps = {self.section.warmup_steps} is longer than the training of {self._total_steps()} steps")
         while not self.finished:
             self._train_until_evaluation()
-            if self.valid is not None:
+            if self.valid is not None and not self.stopping:
                 self._evaluate()
             self._save()
+            if self.stopping and not self.finished:
+                self._commit()
+                return False
+        self._commit()
         self._finish()
+        return True
 
     def _total_steps(self) -> int:
         later_epochs = self.section.epochs - self.position.epoch - 1
@@ -127,27 +160,34 @@ class Trainer:
         last, save_every = self.step + steps, self.recipe.checkpoint.every_steps
         batches = self.loader.batches(self.position, steps)
         while self.step < last:
-            self._train_steps(batches, min(last - self.step, save_every - self.step % save_every), total)
+            self._train_steps(Feed(batches, self.step, min(last, self.step + save_every - self.step % save_every)), total)
+            if self.stopping:
+                return
             if self.step < last:
                 self._save()
         assert next(batches, None) is None
-        self._gather_tally()
 
-    def _train_steps(self, batches: Iterator[Batch], steps: int, total: int) -> None:
-        """Train on the next `steps` batches. Nothing is taken or mapped beyond them: a checkpoint may follow."""
-        last, logged, began, epoch = self.step + steps, self.step, time.monotonic(), self.position.epoch
-        mapped = self._mapped(islice(batches, steps))
-        while self.step < last:
+    def _train_steps(self, feed: Feed, total: int) -> None:
+        """Train on the batches of a feed. Nothing is taken or mapped beyond them: a checkpoint may follow."""
+        logged, began, epoch = self.step, time.monotonic(), self.position.epoch
+        mapped = self._mapped(iter(feed))
+        while self.step < feed.last:
             self.built.optimizers.scale_rates(lr_factor(self.section, self.step, total))
+            self.built.task.objective.stop_asked = self.stop.asked
+            stage(f"training step {self.step + 1}")
             report = self.pipeline.progress(mapped)
             self.step += 1
             self.position = self.loader.after_step(self.position)
             if self.built.dynamic is not None:
                 self.built.dynamic.after_step()
-            if self.step % self.section.log_every == 0 or self.step == last:
+            if report.stop and not self.stopping:
+                self.stopping = True
+                feed.end_after(self.step + self.recipe.data.prefetch + BATCHES_IN_PIPELINE)
+            if self.step % self.section.log_every == 0 or self.step == feed.last:
                 now = time.monotonic()
                 self._log(report.losses_L, epoch, total, (self.step - logged) * self.loader.global_batch_size / (now - began))
                 logged, began = self.step, now
+            self.saver.check()
         # The pipeline notices the end of its batches, and lets go of them.
         assert next(mapped, None) is None
         self.pipeline.detach()
@@ -178,19 +218,9 @@ class Trainer:
         if metrics is not None:
             say(f"valid at step {self.step}: {summary(metrics)}")
             self.records.write(metrics)
-            task, metric = self.section.watched(self.recipe.tasks)
-            message[0] = {"step": self.step, "value": metrics["tasks"][task][metric], "metrics": metrics}
+            message[0] = metrics
         dist.broadcast_object_list(message)
-        if self._is_better(message[0]["value"]):
-            self.best, self.evaluations_since_best = message[0], 0
-        else:
-            self.evaluations_since_best += 1
-
-    def _is_better(self, value: float | None) -> bool:
-        if self.best is None or self.best["value"] is None:
-            return True
-        sign = 1 if self.section.watched(self.recipe.tasks)[1] in BETTER_WHEN_LARGE else -1
-        return value is not None and sign * value > sign * self.best["value"]
+        self.evaluations.add(self.step, message[0])
 
     def _start_at_label_means(self) -> None:
         """Of the first batch that holds labels; where rows are skipped, the very first may not. Collective."""
@@ -211,13 +241,11 @@ class Trainer:
 
     def _facts(self) -> dict[str, Any]:
         return {
-            "step": self.step,
             "reading": self.loader.state_dict(self.position),
             "tally": asdict(self.loader.tally.copy()),
             "fitted": self.fitted.digest(),
             "meaning": meaning(self.recipe),
-            "best": self.best,
-            "evaluations_since_best": self.evaluations_since_best,
+            "evaluations": self.evaluations.state(),
         }
 
     def _check_same(self, folder: Path, facts: dict[str, Any]) -> None:
@@ -230,17 +258,25 @@ class Trainer:
         check_fitted(self.fitted, folder, facts)
 
     def _save(self) -> None:
-        folder = self.checkpoints / f"step_{self.step}"
         own = {"random_state": torch.get_rng_state()}
         if self.ranks.device.type == "cuda":
             own["cuda_random_state"] = torch.cuda.get_rng_state(self.ranks.device)
         self._gather_tally()
-        checkpoint.save(folder, {**model_state(self.built), **optimizer_state(self.built)}, own, self._facts())
-        if self.ranks.is_first:
-            checkpoint.prune(self.checkpoints, self.recipe.checkpoint.keep, f"step_{self.best['step']}" if self.best else None)
+        best = self.evaluations.best_steps(self.recipe.checkpoint.keep_best)
+        self.saver.save(self.step, {**model_state(self.built), **optimizer_state(self.built)}, own, self._facts(), best)
+        self._record_saved()
+
+    def _commit(self) -> None:
+        """Until the last checkpoint is whole."""
+        self.saver.wait()
+        self._record_saved()
+
+    def _record_saved(self) -> None:
+        for saved in self.saver.take_finished() if self.ranks.is_first else ():
+            self.records.write({"step": saved.step, "checkpoint": saved._asdict()})
 
     def _resume(self) -> None:
-        reader = next(checkpoint.open_newest(self.checkpoints), None)
+        reader = next(open_newest(self.checkpoints), None)
         if reader is None:
             if self.ranks.is_first:
                 say("nothing to resume: the run has no checkpoint; starting from the beginning")
@@ -256,7 +292,7 @@ class Trainer:
         self.step, self.position = facts["step"], position
         # Files that are left out now are known; they may have moved.
         self.loader.tally.update(Tally(**facts["tally"] | {"bad_files": {}}))
-        self.best, self.evaluations_since_best = facts["best"], facts["evaluations_since_best"]
+        self.evaluations.load(facts["evaluations"])
         for name, restore in (("random_state", torch.set_rng_state), ("cuda_random_state", torch.cuda.set_rng_state)):
             random_state = reader.read_own(name)
             if random_state is not None:
@@ -267,7 +303,7 @@ class Trainer:
     def _finish(self) -> None:
         if not self.ranks.is_first:
             return
-        result = self.best["metrics"] if self.best else {"split": None, "rows": 0, "step": self.step, "tasks": {}}
+        result = self.evaluations.best or {"split": None, "rows": 0, "step": self.step, "tasks": {}}
         data = {"rows": self.loader.num_rows, **self.loader.tally.report()}
         write_json(self.run / "result.json", result | {"data": data})
         self._say_what_was_left_out(data)

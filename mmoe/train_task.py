@@ -22,6 +22,8 @@ class StepReport(NamedTuple):
     """losses_L: each loss's mean over the rows of all ranks that count for it; the tasks, then retrieval if there is one."""
 
     losses_L: torch.Tensor
+    stop: bool
+    """Whether any rank was asked to stop."""
 
 
 def _sums_of_counted(loss_B: torch.Tensor, count_B: torch.Tensor, residual_scale_B: torch.Tensor) -> torch.Tensor:
@@ -48,6 +50,8 @@ class Objective(nn.Module):
         self.loss_names = [task.name for task in tasks] + (["retrieval"] if retrieval else [])
         self.retrieval_task = retrieval.check(schema) if retrieval else None
         self.rows_of_full_batch = schema.data.batch_size * world_size()
+        self.stop_asked = False
+        """Of this rank, from outside. All ranks learn it with the next step."""
         self.balancer = Fixed([task.weight for task in tasks] + ([retrieval.weight] if retrieval else []))
 
     def _heads(self) -> Iterator[Head]:
@@ -78,9 +82,9 @@ class Objective(nn.Module):
         if not self.training:
             return outputs.logits_BT.new_zeros(()), torch.stack([head.prediction(outputs.logits_BT) for head in self._heads()], dim=1)
         local_L3 = self._sums(outputs, batch)
-        num_rows_13 = (batch.row_B >= 0).sum().to(local_L3).expand(1, 3)
-        totals = sum_over_ranks(torch.cat([local_L3, num_rows_13]))
-        global_L3, num_rows = totals[:-1], totals[-1, 0]
+        others_13 = torch.stack([(batch.row_B >= 0).sum().to(local_L3), local_L3.new_tensor(self.stop_asked), local_L3.new_zeros(())])
+        totals = sum_over_ranks(torch.cat([local_L3, others_13[None]]))
+        global_L3, num_rows, stop = totals[:-1], totals[-1, 0], bool(totals[-1, 1] > 0)
         count_L = global_L3[:, 1].clamp(min=torch.finfo(torch.float32).tiny)
         losses_L = global_L3[:, 0] / count_L
         if not bool(torch.isfinite(global_L3).all()):
@@ -92,7 +96,7 @@ class Objective(nn.Module):
             head.observe(residual_scale, count)
         loss = (self.balancer(losses_L) * local_L3[:, 0] / count_L).sum() * (num_rows / self.rows_of_full_batch)
         # Gradients are averaged over ranks, so this rank's part is scaled up by their number.
-        return loss * world_size(), StepReport(losses_L)
+        return loss * world_size(), StepReport(losses_L, stop)
 
 
 class TrainTask(nn.Module):

@@ -17,8 +17,9 @@ from tests.runs import local_values, stopped_copy
 from tests.small import write_log
 from triptych.datasets.fitted import Fitted
 from triptych.datasets.schema import InputError
-from triptych.launch import checkpoint
 from triptych.launch.build import Built, build, load_model, load_optimizers, model_state, optimizer_state
+from triptych.launch.checkpoints.manifest import MANIFEST, committed, prune
+from triptych.launch.checkpoints.reader import Reader, open_newest
 from triptych.launch.config import Recipe, load_recipe, save_recipe
 from triptych.launch.distributed import Ranks
 from triptych.launch.inference import Split, predict_rows
@@ -60,7 +61,7 @@ def load_and_predict(ranks: Ranks, path: Path, runs: dict[str, Path]) -> dict[tu
         recipe = recipe_with(path, plan)
         built = build(recipe, ranks)
         for saved_plan, run in runs.items():
-            reader = checkpoint.Reader(checkpoint.committed(run / "checkpoints")[-1])
+            reader = Reader(committed(run / "checkpoints")[-1])
             load_model(built, reader)
             load_optimizers(built, reader)
             predictions[saved_plan, plan] = valid_predictions(recipe, built, ranks)
@@ -113,7 +114,7 @@ def fit(ranks: Ranks, path: Path, runs: list[tuple[str, Path]], resume: bool) ->
         trainer = Trainer(recipe_with(path, plan, *FITTED, *more), run, ranks, resume=resume)
         trainer.fit()
         state = local_values(model_state(trainer.built) | optimizer_state(trainer.built))
-        results.append({"state": state, "step": trainer.step, "position": trainer.position, "best": trainer.best})
+        results.append({"state": state, "step": trainer.step, "position": trainer.position, "best": trainer.evaluations.state()})
     return results
 
 
@@ -148,10 +149,10 @@ def losses(run: Path) -> list[tuple[int, dict[str, float]]]:
 
 def disturb(folder: Path, other: Path, disturbance: str) -> None:
     if disturbance == "manifest":
-        manifest = folder / checkpoint.MANIFEST
+        manifest = folder / MANIFEST
         manifest.write_text(manifest.read_text().replace('"offsets": [0, 0]', '"offsets": [1, 0]', 1))
         return
-    path = folder / "rank_1.safetensors"
+    path = folder / "rank_1.0.safetensors"
     content = bytearray(path.read_bytes())
     if disturbance == "flipped":
         content[len(content) // 2] ^= 4
@@ -167,7 +168,7 @@ def disturb(folder: Path, other: Path, disturbance: str) -> None:
 def damage_and_open(ranks: Ranks, path: Path, whole: Path) -> list[str]:
     """For each disturbance of the newest checkpoint: which one opens; that the damaged file is named on every rank."""
     fit(ranks, path, [("row_wise", whole)], False)
-    before, newest = checkpoint.committed(whole / "checkpoints")[-2:]
+    before, newest = committed(whole / "checkpoints")[-2:]
     found = []
     for disturbance in DISTURBANCES:
         run = whole.with_name(disturbance)
@@ -177,11 +178,11 @@ def damage_and_open(ranks: Ranks, path: Path, whole: Path) -> list[str]:
             disturb(run / "checkpoints" / newest.name, before, disturbance)
         torch.distributed.barrier()
         try:
-            checkpoint.Reader(run / "checkpoints" / newest.name)
+            Reader(run / "checkpoints" / newest.name)
             found.append("opened the damaged one")
         except InputError as error:
-            assert ("manifest.json" if disturbance == "manifest" else "rank_1.safetensors") in str(error)
-            found.append("before" if next(checkpoint.open_newest(run / "checkpoints")).folder.name == before.name else "another")
+            assert ("manifest.json" if disturbance == "manifest" else "rank_1.0.safetensors") in str(error)
+            found.append("before" if next(open_newest(run / "checkpoints")).folder.name == before.name else "another")
     return found
 
 
@@ -194,9 +195,9 @@ def test_a_half_written_checkpoint_does_not_exist(tmp_path: Path) -> None:
     for name, whole in (("step_9", True), ("step_10", True), ("step_30.writing", True), ("step_40", False), ("step_x", True)):
         (tmp_path / name).mkdir()
         if whole:
-            (tmp_path / name / checkpoint.MANIFEST).write_text("{}")
-    assert [path.name for path in checkpoint.committed(tmp_path)] == ["step_9", "step_10"]
-    checkpoint.prune(tmp_path, keep=1, best=None)
+            (tmp_path / name / MANIFEST).write_text("{}")
+    assert [path.name for path in committed(tmp_path)] == ["step_9", "step_10"]
+    prune(tmp_path, keep=1, best=[])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_10", "step_40", "step_x"]
 
 

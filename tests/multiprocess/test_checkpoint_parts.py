@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from tests.ranks import run_on_ranks
+from tests.runs import save
 from triptych.datasets.schema import InputError
 from triptych.embeddings.dynamic.slot_map import RowShard
-from triptych.launch import checkpoint
+from triptych.launch.checkpoints.manifest import committed
+from triptych.launch.checkpoints.parts import Value, local_parts
+from triptych.launch.checkpoints.reader import Reader
 from triptych.launch.distributed import Ranks
 
 WHOLES = {
@@ -32,14 +35,14 @@ def cut_rows(ranks: Ranks, cut: list[int]) -> dict[str, RowShard]:
 def save_cuts(ranks: Ranks, folder: Path) -> None:
     for i, cut in enumerate(CUTS[ranks.world_size]):
         state = cut_rows(ranks, cut) | NOT_SHARDED
-        checkpoint.save(folder / f"step_{ranks.world_size}{i}", state, {"rank": torch.tensor(ranks.rank)}, {})
+        save(ranks, folder / f"step_{ranks.world_size}{i}", state, {"rank": torch.tensor(ranks.rank)})
 
 
 def load_cuts(ranks: Ranks, folder: Path) -> int:
     """Read every checkpoint under every cut; returns how many were compared."""
     found = 0
-    for saved in checkpoint.committed(folder):
-        reader = checkpoint.Reader(saved)
+    for saved in committed(folder):
+        reader = Reader(saved)
         for name, whole in (WHOLES | NOT_SHARDED).items():
             assert torch.equal(reader.read(name), whole) and reader.read(name).dtype == whole.dtype, (saved, name)
         for cut in CUTS[ranks.world_size]:
@@ -69,9 +72,9 @@ def test_row_shards_are_read_under_any_other_cut(tmp_path: Path) -> None:
 def load_what_differs(ranks: Ranks, folder: Path) -> list[str]:
     """What loading into another dtype or shape says."""
     weight, tower = "model/lookup.embedding_bags.table_user.weight", "model/tower.0.weight"
-    checkpoint.save(folder / "step_1", {weight: torch.ones(6, 4), tower: torch.ones(4)} | cut_rows(ranks, [0, 11]), {}, {})
-    reader = checkpoint.Reader(folder / "step_1")
-    others: list[tuple[str, checkpoint.Value]] = [
+    save(ranks, folder / "step_1", {weight: torch.ones(6, 4), tower: torch.ones(4)} | cut_rows(ranks, [0, 11]))
+    reader = Reader(folder / "step_1")
+    others: list[tuple[str, Value]] = [
         (weight, torch.zeros(6, 4, dtype=torch.float16)),
         (tower, torch.zeros(4, dtype=torch.bfloat16)),
         ("id", RowShard(torch.zeros(5, dtype=torch.int32), 6, 11)),
@@ -81,7 +84,7 @@ def load_what_differs(ranks: Ranks, folder: Path) -> list[str]:
     for name, target in others:
         with pytest.raises(InputError) as error:
             reader.copy_into(name, target)
-        assert not any(part.tensor.any() for part in checkpoint.local_parts(target))
+        assert not any(part.tensor.any() for part in local_parts(target))
         messages.append(str(error.value).removeprefix(f"{reader.folder}: "))
     return messages
 

@@ -17,13 +17,15 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from tests.random_recipes import KINDS, Sharding, World, covering, dealt, every_id, global_batch, plans_of, random_recipe, traits, with_plan
 from tests.ranks import run_on_ranks
+from tests.runs import save
 from triptych.datasets.batch import Batch
 from triptych.datasets.schema import SIDES, Schema
 from triptych.embeddings.lookup import ALONE, alone
 from triptych.embeddings.plan import describe
 from triptych.embeddings.tables import initial_rows
-from triptych.launch import checkpoint
 from triptych.launch.build import Built, build, load_model, model_state, train_task
+from triptych.launch.checkpoints.manifest import step_name
+from triptych.launch.checkpoints.reader import Reader
 from triptych.launch.config import Recipe
 from triptych.launch.distributed import Ranks
 
@@ -105,24 +107,29 @@ def train(ranks: Ranks, recipe: Recipe) -> Built:
     return built
 
 
+def number_of(world: World) -> int:
+    """The step that names its checkpoint."""
+    return 10 * world.num_ranks + world.on_a_node
+
+
 def train_and_look(ranks: Ranks, folder: Path, recipes: list[Recipe], mixes: int) -> tuple[list[Seen | None], list[Seen | None]]:
-    """Train each recipe on one rank, leave the checkpoint `trained`, and predict; then as `load_and_look`."""
+    """Train each recipe on one rank, leave the checkpoint of step 0, and predict; then as `load_and_look`."""
     seen = []
     for recipe in recipes:
         built = train(ranks, recipe)
-        checkpoint.save(folder / f"{recipe.train.seed}" / "trained", model_state(built), {}, {})
+        save(ranks, folder / f"{recipe.train.seed}" / step_name(0), model_state(built))
         seen.append(look(built, recipe, ranks, global_batch(recipe, STEPS, ROWS)))
-    return seen, load_and_look(ranks, ONE, folder, recipes, mixes, "trained")
+    return seen, load_and_look(ranks, ONE, folder, recipes, mixes, 0)
 
 
-def load_and_look(ranks: Ranks, world: World, folder: Path, recipes: list[Recipe], mixes: int, then: str) -> list[Seen | None]:
-    """Predict with the checkpoint `then` under every plan of each recipe; the last plan leaves a checkpoint that holds the same."""
+def load_and_look(ranks: Ranks, world: World, folder: Path, recipes: list[Recipe], mixes: int, then: int) -> list[Seen | None]:
+    """Predict with the checkpoint of step `then` under every plan of each recipe; the last plan leaves a checkpoint that holds the same."""
     ranks = replace(ranks, local_rank=ranks.rank % world.on_a_node, local_world_size=world.on_a_node)
     os.environ |= {"LOCAL_WORLD_SIZE": str(ranks.local_world_size), "LOCAL_RANK": str(ranks.local_rank)}  # TorchRec finds nodes so
     seen = []
     for recipe in recipes:
         checkpoints, batch = folder / f"{recipe.train.seed}", global_batch(recipe, STEPS, ROWS)
-        reader = checkpoint.Reader(checkpoints / then)
+        reader = Reader(checkpoints / step_name(then))
         for plan in plans_of(recipe, world, mixes):
             try:
                 built = build(with_plan(recipe, plan), ranks)
@@ -132,8 +139,8 @@ def load_and_look(ranks: Ranks, world: World, folder: Path, recipes: list[Recipe
                 raise AssertionError(f"recipe {recipe.train.seed}, plan {plan}, {world}") from error
             if built.dynamic is not None and built.dynamic.ids.group is not None:
                 dist.destroy_process_group(built.dynamic.ids.group)
-        checkpoint.save(checkpoints / str(world), model_state(built), {}, {})
-        again = checkpoint.Reader(checkpoints / str(world))
+        save(ranks, checkpoints / step_name(number_of(world)), model_state(built))
+        again = Reader(checkpoints / step_name(number_of(world)))
         assert again.names() == reader.names()
         assert all(torch.equal(again.read(name), reader.read(name)) for name in reader.names()), f"recipe {recipe.train.seed}"
     return seen
@@ -188,7 +195,7 @@ def compare(recipes: list[Recipe], worlds: Sequence[World], mixes: int, folder: 
     expected, seen = run_on_ranks(1, train_and_look, folder, recipes, mixes, timeout=TIMEOUT)[0]
     seen_in = {ONE: seen}
     for then, world in pairwise([ONE, *worlds]):
-        seen_in[world] = run_on_ranks(world.num_ranks, load_and_look, world, folder, recipes, mixes, str(then), timeout=TIMEOUT)[0]
+        seen_in[world] = run_on_ranks(world.num_ranks, load_and_look, world, folder, recipes, mixes, number_of(then), timeout=TIMEOUT)[0]
     comparison = Comparison()
     for world, seen in seen_in.items():
         cases = [

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from triptych.datasets.schema import DataSection, Feature, InputError, Schema
-from triptych.embeddings.memory import MEMORY_RESERVED, Machine, Memory, cgroup_limits, this_machine
+from triptych.embeddings.memory import MEMORY_RESERVED, Machine, Memory, cgroups, this_machine
 from triptych.embeddings.optimizer import TableTraining
 from triptych.embeddings.plan import Plan, make_plan, saved_plan
 from triptych.embeddings.sharding import sharders
@@ -268,10 +268,10 @@ def test_a_control_groups_limit_bounds_memory(tmp_path: Path) -> None:
     (root / "a/b/memory.max").write_text("7000\n")
     (root / "memory/memory.limit_in_bytes").write_text("9000\n")
     process.write_text("0::/a/b\n")
-    assert sorted(cgroup_limits(process, root)) == [5000, 7000]
+    assert sorted(group.limit for group in cgroups(process, root)) == [5000, 7000]
     process.write_text("12:cpu,cpuacct:/x\n4:memory:/not/here\n")
-    assert list(cgroup_limits(process, root)) == [9000]
-    assert list(cgroup_limits(tmp_path / "none", root)) == []
+    assert [group.limit for group in cgroups(process, root)] == [9000]
+    assert list(cgroups(tmp_path / "none", root)) == []
 
 
 def test_ranks_of_a_node_share_its_memory() -> None:

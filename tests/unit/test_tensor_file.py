@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from triptych.launch import tensor_file
-from triptych.launch.tensor_file import read_region, write_tensors
+from triptych.launch.checkpoints import tensor_file
+from triptych.launch.checkpoints.tensor_file import read_region, write_tensors
 
 DTYPES = [
     torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
@@ -122,7 +122,7 @@ MEASURE = """
 import sys
 from pathlib import Path
 import torch
-from triptych.launch.tensor_file import read_region, write_tensors
+from triptych.launch.checkpoints.tensor_file import read_region, write_tensors
 
 def peak_bytes():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))

@@ -8,13 +8,15 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
-BLOCK_BYTES = 8 << 20
+BLOCK_BYTES = 4 << 20
 """Of one block that is written."""
 READ_BYTES = 32 << 20
 """Of one block that is read: larger, because each opens the file."""
@@ -45,26 +47,30 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> tuple[int,
     assert sys.byteorder == "little", "values are written in the machine's byte order"
     # Wide values first: every tensor then begins at a multiple of its item size, as readers that map the file want.
     ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
-    size, digest = 0, hashlib.sha256()
-    with path.open("wb") as file:
-        for block in _content(ordered):
-            file.write(block)
-            digest.update(block)
-            size += len(block)
-        file.flush()
-        os.fsync(file.fileno())
-    return size, digest.hexdigest()
-
-
-def _content(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
-    """The file's bytes; each block overwrites the one before."""
-    yield _header(tensors)
-    buffer = torch.empty(BLOCK_BYTES, dtype=torch.uint8)
-    for tensor in tensors.values():
-        for block in _blocks(tensor.detach()):
-            content = buffer[: block.nbytes]
+    header, digest = _header(ordered), hashlib.sha256()
+    buffers = [torch.empty(BLOCK_BYTES, dtype=torch.uint8) for _ in range(2)]
+    at_work: list[list[Future[Any]]] = [[], []]
+    # A block is hashed while it is written, and the next one is copied meanwhile.
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as writing, ThreadPoolExecutor(1) as hashing:
+        file.write(header)
+        digest.update(header)
+        for number, block in enumerate(block for tensor in ordered.values() for block in _blocks(tensor.detach())):
+            for task in at_work[number % 2]:
+                task.result()
+            content = buffers[number % 2][: block.nbytes]
             content.view(block.dtype).view(block.shape).copy_(block)
-            yield content.numpy().data
+            held = content.numpy().data
+            at_work[number % 2] = [writing.submit(_write, file, held), hashing.submit(digest.update, held)]
+        for task in (*at_work[0], *at_work[1]):
+            task.result()
+        os.fsync(file.fileno())
+        return file.tell(), digest.hexdigest()
+
+
+def _write(file: FileIO, content: memoryview) -> None:
+    """All of it: one call writes less where the disk fills up or a signal comes."""
+    while content:
+        content = content[file.write(content) :]
 
 
 def _header(tensors: Mapping[str, torch.Tensor]) -> bytes:

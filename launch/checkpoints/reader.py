@@ -1,0 +1,157 @@
+"""Reading checkpoints: verified whole before a tensor is used, then copied part by part into any plan on any number of ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+
+from ...datasets.schema import InputError
+from ...embeddings.tables import PREFIX
+from ..faults.stages import stage
+from .manifest import DAMAGED, committed, read_manifest
+from .parts import Part, Value, dtype_of, local_parts, shape_of
+from .tensor_file import read_region
+
+_PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+_BLOCK_BYTES = 4 << 20
+
+
+class Reader:
+    """A committed checkpoint, verified. Collective.
+
+    Raises:
+        InputError: a file is missing or damaged; names it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest: dict[str, Any] = {}
+        stage(f"verifying {folder}")
+        damage: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(damage, self._damage())
+        for problem in damage:
+            if problem is not None:
+                raise InputError(problem)
+
+    def _damage(self) -> str | None:
+        """What is wrong with the manifest, or with this rank's share of the files."""
+        try:
+            self.manifest = read_manifest(self.folder)
+        except InputError as error:
+            return str(error)
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        names = sorted(self.manifest["files"])[rank::world_size]
+        with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // world_size)) as threads:
+            return next((problem for problem in threads.map(self._problem, names) if problem), None)
+
+    def _problem(self, name: str) -> str | None:
+        path, expected = self.folder / name, self.manifest["files"][name]
+        if not path.is_file():
+            return f"{path}: missing from the checkpoint"
+        try:
+            if path.stat().st_size != expected["size"] or _digest(path) != expected["sha256"]:
+                return f"{path}: damaged (size or SHA-256 differs from the manifest)"
+        except OSError as error:
+            return f"{path}: cannot be read ({error.strerror})"
+        return None
+
+    def names(self) -> set[str]:
+        return set(self.manifest["tensors"])
+
+    def read(self, name: str) -> torch.Tensor:
+        """One whole tensor, on the CPU."""
+        saved = self.manifest["tensors"][name]
+        whole = torch.empty(saved["shape"], dtype=getattr(torch, saved["dtype"]))
+        self.copy_into(name, whole)
+        return whole
+
+    def read_own(self, name: str) -> torch.Tensor | None:
+        """A tensor that this rank alone saved, or None if there is none."""
+        own = own_name(name)
+        return self.read(own) if own in self.manifest["tensors"] else None
+
+    @torch.no_grad()
+    def copy_into(self, name: str, target: Value) -> None:
+        """Fill what this rank holds of a tensor.
+
+        Raises:
+            InputError: the checkpoint lacks it, or has it in another shape or dtype.
+        """
+        saved = self.manifest["tensors"].get(name)
+        if saved is None:
+            raise InputError(f"{self.folder}: holds no '{name}'; the recipe describes another model")
+        if saved["shape"] != shape_of(target):
+            raise InputError(f"{self.folder}: '{name}' has shape {saved['shape']}, the recipe's has {shape_of(target)}")
+        if saved["dtype"] != dtype_of(target):
+            raise InputError(f"{self.folder}: {_other_dtype(name, saved['dtype'], dtype_of(target))}")
+        for part in local_parts(target):
+            copied = sum(self._copy_overlap(source, part) for source in saved["parts"])
+            assert copied == part.tensor.numel(), f"{name}: {copied} of {part.tensor.numel()} values are in the checkpoint"
+
+    def _copy_overlap(self, source: dict[str, Any], part: Part) -> int:
+        """Copy what a saved part and a held part have in common; returns the number of values."""
+        source_ends = [o + s for o, s in zip(source["offsets"], source["sizes"], strict=True)]
+        low = [max(a, b) for a, b in zip(source["offsets"], part.offsets, strict=True)]
+        high = [min(a, b) for a, b in zip(source_ends, part.ends, strict=True)]
+        if any(a >= b for a, b in zip(low, high, strict=True)):
+            return 0
+        begin = [a - o for a, o in zip(low, source["offsets"], strict=True)]
+        held = part.tensor[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, part.offsets, strict=True))]
+        path = self.folder / source["file"]
+        stage(f"reading {path}")
+        try:
+            read_region(path, source["key"], begin, held)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: cannot be read ({error})") from error
+        return held.numel()
+
+
+def own_name(name: str) -> str:
+    """What a rank saves for itself alone, among the names of all."""
+    return f"rank_{dist.get_rank()}/{name}"
+
+
+def open_newest(checkpoints: Path) -> Iterator[Reader]:
+    """Committed checkpoints, newest first; a damaged one is named, set aside as `step_N.damaged`, and passed over. Collective."""
+    # One list for all: a rank that lists later would miss what the first has already set aside.
+    found: list[Any] = [[folder.name for folder in reversed(committed(checkpoints))]]
+    dist.broadcast_object_list(found)
+    for folder in (checkpoints / name for name in found[0]):
+        try:
+            yield Reader(folder)
+        except InputError as error:
+            if dist.get_rank() == 0:
+                print(f"warning: {error}; set aside, trying the checkpoint before it", flush=True)
+                aside = folder.with_name(folder.name + DAMAGED)
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+            dist.barrier()
+
+
+def _digest(path: Path) -> str:
+    digest, buffer = hashlib.sha256(), bytearray(_BLOCK_BYTES)
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            digest.update(view[:size])
+    return digest.hexdigest()
+
+
+def _other_dtype(name: str, saved: str, now: str) -> str:
+    then, now = (_PRECISIONS.get(dtype, dtype) for dtype in (saved, now))
+    if table := re.search(rf"\.{PREFIX}([^./@]+)\.weight$", name):
+        return (
+            f"table '{table[1]}' was saved as {then}, the recipe has {now} ('{name}'); "
+            f"set tables.{table[1]}.dtype back, or start another run"
+        )
+    return f"'{name}' was saved as {then}, the recipe's is {now}; set the dtype back, or start another run"

@@ -1,0 +1,248 @@
+"""Committing checkpoints: all ranks' tensors and the facts of one moment become one folder, whole or not at all.
+
+checkpoints/step_200/rank_0.0.safetensors   this rank's parts; rank 0 also holds what all ranks share
+                     rank_0.1.safetensors   more of them
+                     rank_1.0.safetensors
+                     manifest.json
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from pydantic import PositiveInt
+
+from ...datasets.schema import InputError, Section
+from ...embeddings.memory import free_host_memory
+from ..distributed import Ranks
+from ..faults.stages import stage
+from .manifest import WRITING, commit, committed, joined, prune, step_name
+from .parts import State, dtype_of, is_sharded, local_parts, shape_of
+from .reader import own_name
+from .tensor_file import write_tensors
+
+FILE_BYTES = 256 << 20
+"""Of one file, unless a single row is larger: several are hashed at a time when they are read."""
+T = TypeVar("T")
+_SPARE = 1.25
+"""Free memory, as a multiple of what is copied, below which a checkpoint is written while training waits."""
+
+
+class CheckpointSection(Section):
+    """`[checkpoint]`."""
+
+    every_steps: PositiveInt = 1000
+    keep: PositiveInt = 3
+    """Newest checkpoints to keep."""
+    keep_best: PositiveInt = 1
+    """Checkpoints to keep besides: of the best evaluations."""
+    background: bool = True
+    """Copy what is saved, and write it while training goes on. Needs memory for the copy; where that is short, training waits."""
+
+
+class Saved(NamedTuple):
+    """A checkpoint that was committed."""
+
+    step: int
+    bytes: int
+    """Of all ranks."""
+    stalled_s: float
+    """How long the first rank's training stood still for it."""
+    written_s: float
+    """From the first byte to the commit."""
+
+
+class Snapshot(NamedTuple):
+    """What one rank saves."""
+
+    tensors: dict[str, torch.Tensor]
+    """By key."""
+    entries: dict[str, Any]
+    """Name to shape, dtype and parts, for the manifest."""
+
+    @classmethod
+    def of(cls, state: State, own: Mapping[str, torch.Tensor]) -> Snapshot:
+        tensors: dict[str, torch.Tensor] = {}
+        entries: dict[str, Any] = {}
+        shared = state.items() if dist.get_rank() == 0 else ((name, value) for name, value in state.items() if is_sharded(value))
+        for name, value in (*shared, *((own_name(name), tensor) for name, tensor in own.items())):
+            entry = entries.setdefault(name, {"shape": shape_of(value), "dtype": dtype_of(value), "parts": []})
+            for part in (piece for whole in local_parts(value) for piece in whole.cut(FILE_BYTES)):
+                key = f"{name}@{','.join(map(str, part.offsets))}"
+                tensors[key] = part.tensor.detach()
+                entry["parts"].append({"key": key, "offsets": part.offsets, "sizes": list(part.tensor.shape)})
+        return cls(tensors, entries)
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def write(self, folder: Path, rank: int) -> dict[str, Any]:
+        """Write this rank's files; returns its entry for the manifest."""
+        files: list[dict[str, torch.Tensor]] = [{}]
+        for key, tensor in self.tensors.items():
+            if files[-1] and sum(held.nbytes for held in files[-1].values()) + tensor.nbytes > FILE_BYTES:
+                files.append({})
+            files[-1][key] = tensor
+        facts: dict[str, Any] = {}
+        file_of: dict[str, str] = {}
+        for number, tensors in enumerate(files):
+            name = f"rank_{rank}.{number}.safetensors"
+            stage(f"writing {folder / name}")
+            size, digest = write_tensors(folder / name, tensors)
+            facts[name] = {"size": size, "sha256": digest}
+            file_of |= dict.fromkeys(tensors, name)
+        entries = {
+            name: {**entry, "parts": [{"file": file_of[part["key"]], **part} for part in entry["parts"]]}
+            for name, entry in self.entries.items()
+        }
+        return {"files": facts, "tensors": entries}
+
+
+class Saver:
+    """Saves the checkpoints of one run, one at a time.
+
+    Args:
+        checkpoints: the folder that holds them.
+    """
+
+    def __init__(self, checkpoints: Path, section: CheckpointSection, ranks: Ranks) -> None:
+        self.checkpoints, self.section, self.ranks = checkpoints, section, ranks
+        # A group of its own, as its messages must not mix with those of training.
+        self.group = dist.new_group(backend="gloo") if section.background and ranks.world_size > 1 else None
+        self.staged: dict[str, torch.Tensor] = {}
+        self.thread: threading.Thread | None = None
+        self.failure: Exception | None = None
+        self.stalled_s = 0.0
+        self.finished: list[Saved] = []
+
+    def save(self, step: int, state: State, own: Mapping[str, torch.Tensor], facts: dict[str, Any], best: list[int] | None = None) -> None:
+        """Save and commit; in the background, unless the recipe or the memory are against it. Collective.
+
+        Args:
+            state: the same names on every rank; what is not sharded is taken from rank 0.
+            own: tensors of this rank alone.
+            facts: JSON for the manifest: reading position, seeds.
+            best: steps of the best evaluations, whose checkpoints are kept.
+        Raises:
+            InputError: it cannot be written; names the path. What was committed before is whole.
+        """
+        began = time.monotonic()
+        self.wait()
+        snapshot, facts = Snapshot.of(state, own), {"step": step, **facts}
+        in_background = self.section.background and self._has_room(snapshot)
+        if in_background:
+            stage(f"copying what step {step} saves")
+            snapshot = self._copied(snapshot)
+        work = threading.Thread(target=self._save, args=(snapshot, facts, best or [], began), name="saver", daemon=True)
+        if in_background:
+            self.thread = work
+            work.start()
+            self.stalled_s = time.monotonic() - began
+            return
+        self.stalled_s = 0.0
+        self._save(snapshot, facts, best or [], began)
+        self._raise()
+
+    def wait(self) -> None:
+        """Until nothing is being written.
+
+        Raises:
+            InputError: as save.
+        """
+        if self.thread is not None:
+            stage(f"waiting for the checkpoint that is written to {self.checkpoints}")
+            self.thread.join()
+            self.thread = None
+        self._raise()
+
+    def _raise(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+    def check(self) -> None:
+        """Raise what went wrong in the background, if anything did by now."""
+        self._raise()
+
+    def take_finished(self) -> list[Saved]:
+        """Checkpoints that were committed since the last call."""
+        finished, self.finished = self.finished, []
+        return finished
+
+    def _has_room(self, snapshot: Snapshot) -> bool:
+        """Whether every node has memory for copies. Collective."""
+        missing = sum(tensor.nbytes for key, tensor in snapshot.tensors.items() if not _like(self.staged.get(key), tensor))
+        needs = self.ranks.all_gather((self.ranks.rank // self.ranks.local_world_size, missing, free_host_memory()))
+        return all(free >= _SPARE * sum(its_missing for its_node, its_missing, _ in needs if its_node == node) for node, _, free in needs)
+
+    def _copied(self, snapshot: Snapshot) -> Snapshot:
+        """The same values in memory that training does not touch; it is used again by the next copy."""
+        copies: dict[str, torch.Tensor] = {}
+        for key, tensor in snapshot.tensors.items():
+            held = self.staged.get(key)
+            if held is None or not _like(held, tensor):
+                held = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda, memory_format=torch.contiguous_format)
+            copies[key] = held.copy_(tensor)
+        self.staged = copies
+        return Snapshot(copies, snapshot.entries)
+
+    def _save(self, snapshot: Snapshot, facts: dict[str, Any], best: list[int], began: float) -> None:
+        """Write and commit, or leave in `failure` what went wrong on any rank. Collective."""
+        try:
+            size = self._write_and_commit(snapshot, facts, best)
+        except Exception as error:
+            self.failure = error
+        else:
+            self.finished.append(Saved(facts["step"], size, self.stalled_s, time.monotonic() - began))
+
+    def _write_and_commit(self, snapshot: Snapshot, facts: dict[str, Any], best: list[int]) -> int:
+        """Returns the bytes of all ranks."""
+        folder = self.checkpoints / step_name(facts["step"])
+        writing = folder.with_name(folder.name + WRITING)
+        is_first = self.ranks.is_first
+        try:
+            self._together(lambda: _make_anew(writing) if is_first else None, writing)
+            entry = self._together(lambda: snapshot.write(writing, self.ranks.rank), writing)
+            entries = self.ranks.all_gather((entry, snapshot.bytes), self.group)
+            text = joined([entry for entry, _ in entries], facts)
+            self._together(lambda: commit(writing, folder, text) if is_first else None, folder)
+            self._together(lambda: prune(self.checkpoints, self.section.keep, best) if is_first else None, self.checkpoints)
+        except InputError:
+            if is_first:
+                shutil.rmtree(writing, ignore_errors=True)  # where the disk is full, it helps
+            raise
+        return sum(size for _, size in entries)
+
+    def _together(self, work: Callable[[], T], path: Path) -> T:
+        """What the work makes on this rank. If a file cannot be written on any rank, all raise InputError. Collective."""
+        made, failure = None, None
+        try:
+            made = work()
+        except OSError as error:
+            failure = f"{error.filename or path}: cannot write the checkpoint ({error.strerror or error})"
+        for found in self.ranks.all_gather(failure, self.group):
+            if found is not None:
+                raise InputError(f"{found}; {self._what_is_left()}")
+        return cast(T, made)
+
+    def _what_is_left(self) -> str:
+        found = committed(self.checkpoints)
+        if not found:
+            return "no checkpoint was committed before; mend this and start again"
+        return f"{found[-1].name} is whole; mend this and go on with --resume"
+
+
+def _make_anew(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _like(held: torch.Tensor | None, tensor: torch.Tensor) -> bool:
+    return held is not None and held.shape == tensor.shape and held.dtype == tensor.dtype

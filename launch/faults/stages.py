@@ -1,0 +1,30 @@
+"""What this process is doing, in the user's words: what a run that hangs is ended with."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import NamedTuple
+
+
+class Stage(NamedTuple):
+    """number: how many stages there were before, so that it grows as long as the process gets on."""
+
+    number: int
+    text: str
+    since: float
+    """time.monotonic() of its begin."""
+
+
+_current = Stage(0, "starting", time.monotonic())
+
+
+def stage(text: str) -> None:
+    """Enter the next stage. The same text again means that there was progress. Threads beside training enter none."""
+    global _current
+    if threading.current_thread() is threading.main_thread():
+        _current = Stage(_current.number + 1, text, time.monotonic())
+
+
+def current_stage() -> Stage:
+    return _current

@@ -248,9 +248,7 @@ def cgroups(process: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/f
         for folder in [group, *group.parents]:
             if folder.is_relative_to(top):
                 try:
-                    yield ControlGroup(
-                        int((folder / limit).read_text()), _held(folder, usage, "total_inactive_file" if old else "inactive_file")
-                    )
+                    yield ControlGroup(int((folder / limit).read_text()), _held(folder, *names))
                 except (OSError, ValueError):  # not there, or "max"
                     continue
 

@@ -18,6 +18,7 @@ from ..mmoe.heads import Task
 from ..mmoe.model import ModelSection, RetrievalSection
 from .checkpoints.saver import CheckpointSection
 from .sections import TrainSection
+from .writing import write_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -93,7 +94,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write the resolved recipe; reading it back gives the same recipe."""
-    path.write_text(tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
+    write_text(path, tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True)))
 
 
 def meaning(recipe: Recipe) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from ..datasets.fitted import Fitted  # noqa: E402
 from .console import ProgressLines, say, summary  # noqa: E402
 from .distributed import process_group, run_rank  # noqa: E402
 from .inference import Split, given_files  # noqa: E402
-from .records import write_json  # noqa: E402
 from .run_folder import load_run, read_recipe  # noqa: E402
+from .writing import write_json  # noqa: E402
 
 
 def main(

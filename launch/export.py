@@ -34,9 +34,9 @@ from .config import Recipe  # noqa: E402
 from .console import ProgressLines, say  # noqa: E402
 from .distributed import Ranks, process_group, run_rank  # noqa: E402
 from .inference import entity_loader, run_rows, split_files  # noqa: E402
-from .records import write_json  # noqa: E402
 from .run_folder import load_run, read_recipe  # noqa: E402
 from .search import FACTS  # noqa: E402
+from .writing import write_json  # noqa: E402
 
 
 def side_vectors(built: Built, side: str) -> Callable[[Batch], torch.Tensor]:

@@ -30,7 +30,7 @@ def claim(run: Path, *, resume: bool) -> None:
     if not resume and committed(run / "checkpoints"):
         raise InputError(f"{run} already holds a trained run; add --resume to go on with it, or choose another --run")
     try:
-        run.mkdir(parents=True, exist_ok=True)
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{run}: cannot make the run folder ({error.strerror})") from error
     if not os.access(run, os.W_OK):

@@ -34,9 +34,10 @@ from .evaluations import Evaluations
 from .faults.stages import stage
 from .faults.stop import StopRequest
 from .inference import Split, split_files
-from .records import Records, write_json
+from .records import Records
 from .run_folder import check_fitted, claim, lock
 from .schedule import lr_factor
+from .writing import write_json
 
 BATCHES_IN_PIPELINE = 3
 
@@ -92,6 +93,7 @@ class Trainer:
             self._resume()
         if self.step == 0:
             self._start_at_label_means()
+        self.saver.prepare({**model_state(self.built), **optimizer_state(self.built)})
         self.progress = ProgressLines("train", ranks.is_first)
         if ranks.is_first:
             save_recipe(recipe, run / "recipe.toml")
@@ -173,7 +175,7 @@ class Trainer:
         mapped = self._mapped(iter(feed))
         while self.step < feed.last:
             self.built.optimizers.scale_rates(lr_factor(self.section, self.step, total))
-            self.built.task.objective.stop_asked = self.stop.asked
+            self.built.task.objective.stop_asked = self.stop.asked or self.saver.failed
             stage(f"training step {self.step + 1}")
             report = self.pipeline.progress(mapped)
             self.step += 1
@@ -187,7 +189,6 @@ class Trainer:
                 now = time.monotonic()
                 self._log(report.losses_L, epoch, total, (self.step - logged) * self.loader.global_batch_size / (now - began))
                 logged, began = self.step, now
-            self.saver.check()
         # The pipeline notices the end of its batches, and lets go of them.
         assert next(mapped, None) is None
         self.pipeline.detach()

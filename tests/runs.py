@@ -20,6 +20,7 @@ def local_values(state: State) -> dict[str, list[tuple[tuple[int, ...], torch.Te
 
 def save(ranks: Ranks, folder: Path, state: State, own: Mapping[str, torch.Tensor] | None = None) -> None:
     """Commit `folder`, which is named step_N."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
     Saver(folder.parent, CheckpointSection(keep=1000, background=False), ranks).save(step_of(folder), state, own or {}, {})
 
 

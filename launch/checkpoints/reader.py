@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 
 from ...datasets.schema import InputError
 from ...embeddings.tables import PREFIX
@@ -111,7 +110,7 @@ class Reader:
         stage(f"reading {path}")
         try:
             read_region(path, source["key"], begin, held)
-        except (SafetensorError, OSError) as error:
+        except (ValueError, OSError) as error:
             raise InputError(f"{path}: cannot be read ({error})") from error
         return held.numel()
 

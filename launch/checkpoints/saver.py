@@ -12,6 +12,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -23,7 +24,7 @@ from ...datasets.schema import InputError, Section
 from ...embeddings.memory import free_host_memory
 from ..distributed import Ranks
 from ..faults.stages import stage
-from .manifest import WRITING, commit, committed, joined, prune, step_name
+from .manifest import WRITING, commit, committed, joined, prune, step_name, sync
 from .parts import State, dtype_of, is_sharded, local_parts, shape_of
 from .reader import own_name
 from .tensor_file import write_tensors
@@ -93,12 +94,17 @@ class Snapshot(NamedTuple):
             files[-1][key] = tensor
         facts: dict[str, Any] = {}
         file_of: dict[str, str] = {}
-        for number, tensors in enumerate(files):
-            name = f"rank_{rank}.{number}.safetensors"
-            stage(f"writing {folder / name}")
-            size, digest = write_tensors(folder / name, tensors)
-            facts[name] = {"size": size, "sha256": digest}
-            file_of |= dict.fromkeys(tensors, name)
+        synced = []
+        with ThreadPoolExecutor(1) as syncing:
+            for number, tensors in enumerate(files):
+                name = f"rank_{rank}.{number}.safetensors"
+                stage(f"writing {folder / name}")
+                size, digest = write_tensors(folder / name, tensors)
+                synced.append(syncing.submit(sync, folder / name))
+                facts[name] = {"size": size, "sha256": digest}
+                file_of |= dict.fromkeys(tensors, name)
+            for task in synced:
+                task.result()
         entries = {
             name: {**entry, "parts": [{"file": file_of[part["key"]], **part} for part in entry["parts"]]}
             for name, entry in self.entries.items()
@@ -110,7 +116,7 @@ class Saver:
     """Saves the checkpoints of one run, one at a time.
 
     Args:
-        checkpoints: the folder that holds them.
+        checkpoints: the folder that holds them; it exists.
     """
 
     def __init__(self, checkpoints: Path, section: CheckpointSection, ranks: Ranks) -> None:
@@ -137,7 +143,7 @@ class Saver:
         began = time.monotonic()
         self.wait()
         snapshot, facts = Snapshot.of(state, own), {"step": step, **facts}
-        in_background = self.section.background and self._has_room(snapshot)
+        in_background = self.section.background and self._has_room(snapshot.tensors)
         if in_background:
             stage(f"copying what step {step} saves")
             snapshot = self._copied(snapshot)
@@ -150,6 +156,18 @@ class Saver:
         self.stalled_s = 0.0
         self._save(snapshot, facts, best or [], began)
         self._raise()
+
+    def prepare(self, state: State) -> None:
+        """Make room for copies of a state, in the background: at the first `save` it would take longer than the copy. Collective."""
+        tensors = Snapshot.of(state, {}).tensors
+        if self.section.background and self._has_room(tensors):
+            self.thread = threading.Thread(target=self._make_room, args=(tensors,), name="saver", daemon=True)
+            self.thread.start()
+
+    def _make_room(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        torch.set_num_threads(1)
+        for key, tensor in tensors.items():
+            self.staged[key] = _room_for(tensor).zero_()
 
     def wait(self) -> None:
         """Until nothing is being written.
@@ -167,18 +185,19 @@ class Saver:
         if self.failure is not None:
             raise self.failure
 
-    def check(self) -> None:
-        """Raise what went wrong in the background, if anything did by now."""
-        self._raise()
+    @property
+    def failed(self) -> bool:
+        """Whether a checkpoint could not be written in the background; the next call raises why."""
+        return self.failure is not None
 
     def take_finished(self) -> list[Saved]:
         """Checkpoints that were committed since the last call."""
         finished, self.finished = self.finished, []
         return finished
 
-    def _has_room(self, snapshot: Snapshot) -> bool:
+    def _has_room(self, tensors: Mapping[str, torch.Tensor]) -> bool:
         """Whether every node has memory for copies. Collective."""
-        missing = sum(tensor.nbytes for key, tensor in snapshot.tensors.items() if not _like(self.staged.get(key), tensor))
+        missing = sum(tensor.nbytes for key, tensor in tensors.items() if not _like(self.staged.get(key), tensor))
         needs = self.ranks.all_gather((self.ranks.rank // self.ranks.local_world_size, missing, free_host_memory()))
         return all(free >= _SPARE * sum(its_missing for its_node, its_missing, _ in needs if its_node == node) for node, _, free in needs)
 
@@ -188,7 +207,7 @@ class Saver:
         for key, tensor in snapshot.tensors.items():
             held = self.staged.get(key)
             if held is None or not _like(held, tensor):
-                held = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda, memory_format=torch.contiguous_format)
+                held = _room_for(tensor)
             copies[key] = held.copy_(tensor)
         self.staged = copies
         return Snapshot(copies, snapshot.entries)
@@ -241,7 +260,11 @@ class Saver:
 
 def _make_anew(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir()  # without parents: where storage is gone, its mount point may still be there
+
+
+def _room_for(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
 
 
 def _like(held: torch.Tensor | None, tensor: torch.Tensor) -> bool:

@@ -23,8 +23,9 @@ from triptych.datasets.schema import SIDES, Schema
 from triptych.embeddings.lookup import ALONE, alone
 from triptych.embeddings.plan import describe
 from triptych.embeddings.tables import initial_rows
-from triptych.launch.build import Built, build, load_model, model_state, train_task
+from triptych.launch.build import Built, build, load_model, load_optimizers, model_state, optimizer_state, train_task
 from triptych.launch.checkpoints.manifest import step_name
+from triptych.launch.checkpoints.parts import State, local_parts
 from triptych.launch.checkpoints.reader import Reader
 from triptych.launch.config import Recipe
 from triptych.launch.distributed import Ranks
@@ -107,6 +108,21 @@ def train(ranks: Ranks, recipe: Recipe) -> Built:
     return built
 
 
+def whole_state(built: Built) -> State:
+    return {**model_state(built), **optimizer_state(built)}
+
+
+def assert_holds(built: Built, reader: Reader, ranks: Ranks) -> None:
+    """Weights and optimizer state are the checkpoint's, bit for bit, and no part of it is missing."""
+    state = whole_state(built)
+    assert set().union(*ranks.all_gather(set(state))) == reader.names()  # a rank may hold nothing of a table
+    for name, value in state.items():
+        whole = reader.read(name)
+        for part in local_parts(value):
+            region = tuple(slice(begin, end) for begin, end in zip(part.offsets, part.ends, strict=True))
+            assert torch.equal(part.tensor, whole[region]), name
+
+
 def number_of(world: World) -> int:
     """The step that names its checkpoint."""
     return 10 * world.num_ranks + world.on_a_node
@@ -117,7 +133,7 @@ def train_and_look(ranks: Ranks, folder: Path, recipes: list[Recipe], mixes: int
     seen = []
     for recipe in recipes:
         built = train(ranks, recipe)
-        save(ranks, folder / f"{recipe.train.seed}" / step_name(0), model_state(built))
+        save(ranks, folder / f"{recipe.train.seed}" / step_name(0), whole_state(built))
         seen.append(look(built, recipe, ranks, global_batch(recipe, STEPS, ROWS)))
     return seen, load_and_look(ranks, ONE, folder, recipes, mixes, 0)
 
@@ -134,12 +150,14 @@ def load_and_look(ranks: Ranks, world: World, folder: Path, recipes: list[Recipe
             try:
                 built = build(with_plan(recipe, plan), ranks)
                 load_model(built, reader)
+                load_optimizers(built, reader)
+                assert_holds(built, reader, ranks)
                 seen.append(look(built, recipe, ranks, batch))
             except Exception as error:
                 raise AssertionError(f"recipe {recipe.train.seed}, plan {plan}, {world}") from error
             if built.dynamic is not None and built.dynamic.ids.group is not None:
                 dist.destroy_process_group(built.dynamic.ids.group)
-        save(ranks, checkpoints / step_name(number_of(world)), model_state(built))
+        save(ranks, checkpoints / step_name(number_of(world)), whole_state(built))
         again = Reader(checkpoints / step_name(number_of(world)))
         assert again.names() == reader.names()
         assert all(torch.equal(again.read(name), reader.read(name)) for name in reader.names()), f"recipe {recipe.train.seed}"

@@ -15,8 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from triptych.launch import console, stack
 from triptych.launch.console import PROGRESS, ProgressLines, summary
-from triptych.launch.records import Records, write_json
+from triptych.launch.records import Records
 from triptych.launch.stack import mismatch
+from triptych.launch.writing import write_json
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -18,7 +18,7 @@ from tests.small import write_log
 from triptych.datasets.fitted import Fitted
 from triptych.datasets.schema import InputError
 from triptych.launch.build import Built, build, load_model, load_optimizers, model_state, optimizer_state
-from triptych.launch.checkpoints.manifest import MANIFEST, committed, prune
+from triptych.launch.checkpoints.manifest import MANIFEST, committed, prune, step_of
 from triptych.launch.checkpoints.reader import Reader, open_newest
 from triptych.launch.config import Recipe, load_recipe, save_recipe
 from triptych.launch.distributed import Ranks
@@ -145,6 +145,29 @@ def losses(run: Path) -> list[tuple[int, dict[str, float]]]:
     """Every logged step with its losses: the batches after a stop are those of the undisturbed run."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [(record["step"], record["loss"]) for record in records if "loss" in record]
+
+
+def keep_few(ranks: Ranks, path: Path, run: Path) -> list[int]:
+    """Train with an evaluation at every other step; the steps of the two best."""
+    keys = [
+        "train.epochs=2",
+        "train.evaluate_every=2",
+        "checkpoint.every_steps=1",
+        "checkpoint.keep=2",
+        "checkpoint.keep_best=2",
+        "train.lr=0.1",
+    ]
+    trainer = Trainer(recipe_with(path, "row_wise", *keys), run, ranks, resume=False)
+    trainer.fit()
+    return trainer.evaluations.best_steps(2)
+
+
+def test_the_newest_and_the_best_are_kept(log: Path, tmp_path: Path) -> None:
+    best = run_on_ranks(2, keep_few, log, tmp_path / "run")[0]
+    kept = committed(tmp_path / "run" / "checkpoints")
+    assert [step_of(path) for path in kept] == sorted({11, 12, *best})
+    assert len(kept) > 2, "the best ones are the newest ones: the test shows nothing"
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {path.name for path in kept}
 
 
 def disturb(folder: Path, other: Path, disturbance: str) -> None:

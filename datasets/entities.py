@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from .parquet.listing import list_slices
 from .row_groups import Slice
 from .schema import Feature, InputError, Schema
 
+Progress = Callable[[int, int], None]
 ROW_GROUP_ROWS = 20_000
 
 
@@ -37,7 +39,9 @@ def _joined(held: pa.Table | None, table: pa.Table, where: str) -> pa.Table:
         raise InputError(f"{where}: columns do not fit those of the rows before ({error})") from error
 
 
-def write_entities(schema: Schema, fitted: Fitted, paths: list[str], id_feature: str, out: Path) -> int:
+def write_entities(
+    schema: Schema, fitted: Fitted, paths: list[str], id_feature: str, out: Path, progress: Progress = lambda done, total: None
+) -> int:
     """Write the newest row of each entity, with every column of the id feature's side, to one parquet file.
 
     Reads slice by slice; memory is bounded by the number of entities. Entities are sorted by id, or where their table has a key, by
@@ -61,7 +65,8 @@ def write_entities(schema: Schema, fitted: Fitted, paths: list[str], id_feature:
     def check(part: Slice, table: pa.Table) -> None:
         _check(table, feature, decoder, part, columns)
 
-    for part, table in read_slices(schema, listing.slices, columns, check):
+    for number, (part, table) in enumerate(read_slices(schema, listing.slices, columns, check), 1):
+        progress(number, len(listing.slices))
         plain = pa.table({column: plain_column(table, column) for column in columns})
         held = _newest_of_each(_joined(held, plain, str(part)), feature.column, time)
     if held is None:

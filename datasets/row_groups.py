@@ -13,6 +13,7 @@ into equal parts, one a rank, so that a rank only opens the row groups of its ow
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -48,6 +49,13 @@ class Slice(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.file.path}: row group {self.row_group}" + (f" from row {self.start}" if self.start else "")
+
+
+def place_of_row(slices: Sequence[Slice], row: int) -> str:
+    """The file, row group and row in it of a row of the split, all counted from 0; `slices` are those of the whole split, in file order."""
+    part = slices[bisect_right(slices, row, key=lambda part: part.first_row) - 1]
+    assert part.first_row <= row < part.first_row + part.rows, f"no slice holds row {row}"
+    return f"{part.file.path}: row group {part.row_group}, row {part.start + row - part.first_row}"
 
 
 class LaneRange(NamedTuple):

@@ -11,6 +11,7 @@ from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from ..datasets.schema import SIDES, Feature, Schema
+from .gradients import GradientGuard
 from .pooling import TargetAttention, pool_mean, pool_sum
 from .tables import Collections, is_sequence_table
 
@@ -62,8 +63,9 @@ class MeanPooling(nn.Module):
 class SequencePooling(nn.Module):
     """Single vectors -> one a row and feature, for the features of tables that an attention reads."""
 
-    def __init__(self, schema: Schema, dims: dict[str, int], layers: tuple[int, ...]) -> None:
+    def __init__(self, schema: Schema, dims: dict[str, int], layers: tuple[int, ...], guard: GradientGuard) -> None:
         super().__init__()
+        self.guard = guard
         self.features = [f for f in schema.features if f.is_id and is_sequence_table(str(f.table), schema)]
         self.targets = {f.name: schema.target(f).name for f in self.features if f.pooling == "attention"}
         self.attention = nn.ModuleDict(
@@ -75,16 +77,17 @@ class SequencePooling(nn.Module):
         )
 
     def forward(self, collections: Sequence[dict[str, JaggedTensor]]) -> KeyedTensor:
-        single = {name: vectors for collection in collections for name, vectors in collection.items()}
+        found = {name: vectors for collection in collections for name, vectors in collection.items()}
+        single: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         pooled: dict[str, torch.Tensor] = {}
         for feature in self.features:
-            vector_MD, lengths_B = single[feature.name].values().float(), single[feature.name].lengths()
+            lengths_B = found[feature.name].lengths()
+            vector_MD = self.guard.single(feature.name, found[feature.name].values().float(), lengths_B)
             pool = pool_sum if feature.kind == "id" or feature.pooling == "sum" else pool_mean
-            pooled[feature.name] = pool(vector_MD, lengths_B)
+            single[feature.name], pooled[feature.name] = (vector_MD, lengths_B), pool(vector_MD, lengths_B)
         for name, target in self.targets.items():
             pooled[name + ALONE] = pooled[name]
-            attend = self.attention[f"list_{name}"]
-            pooled[name] = attend(pooled[target], single[name].values().float(), single[name].lengths())
+            pooled[name] = self.attention[f"list_{name}"](pooled[target], *single[name])
         return KeyedTensor.from_tensor_list(list(pooled), list(pooled.values()))
 
 
@@ -93,13 +96,19 @@ class Lookup(nn.Module):
 
     Only calls its submodules, because the training pipeline traces it with torch.fx.
 
+    Args:
+        gradient_bound: see GradientGuard, through which all gradients go to the tables.
+
     Shapes:
         input: ids of B rows. output: {side: [B, sum of the dims of the side's features]}, without sides that have none. A side with
         attention is there twice: as `side`, and as `side_alone` with means in place of attention, for what may not see the target.
     """
 
-    def __init__(self, collections: Collections, schema: Schema, attention_layers: tuple[int, ...] = (36,)) -> None:
+    def __init__(
+        self, collections: Collections, schema: Schema, attention_layers: tuple[int, ...] = (36,), gradient_bound: float | None = None
+    ) -> None:
         super().__init__()
+        self.guard = GradientGuard(gradient_bound)
         self.embedding_bags, self.embeddings = collections
         dims = _dims(collections)
         groups = _groups(schema)
@@ -108,12 +117,12 @@ class Lookup(nn.Module):
         sequence_features = {f.name for f in schema.features if f.is_id and is_sequence_table(str(f.table), schema)}
         self.mean_pooling = MeanPooling(dims, groups, means - sequence_features)
         if self.embeddings:
-            self.sequence_pooling = SequencePooling(schema, dims, attention_layers)
+            self.sequence_pooling = SequencePooling(schema, dims, attention_layers, self.guard)
 
     def forward(self, ids: KeyedJaggedTensor) -> dict[str, torch.Tensor]:
         pooled = []
         if self.embedding_bags is not None:
-            pooled.append(self.embedding_bags(ids))
+            pooled.append(self.guard(self.embedding_bags(ids)))
         if self.embeddings:
             pooled.append(self.sequence_pooling([collection(ids) for collection in self.embeddings]))
         return self.mean_pooling(ids, self.regroup(pooled))

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
@@ -32,11 +33,23 @@ from .distributed import Ranks
 
 
 class Optimizers:
-    """Several optimizers as one, for the pipeline. The tables' fused one acts inside backward: here it only takes its learning rate."""
+    """Several optimizers as one, for the pipeline.
 
-    def __init__(self, fused: Any, *parts: torch.optim.Optimizer) -> None:
-        self.fused, self.parts = fused, parts
-        self.rates = [(group, group["lr"]) for part in (fused, *parts) for group in part.param_groups]
+    Args:
+        fused: the tables', which acts inside backward: here it only takes its learning rate.
+        dense: of everything but tables.
+        replicated: of tables that every rank holds whole, if there are any.
+        clip_norm: bound on the norm of the gradient of all that `dense` updates.
+    """
+
+    def __init__(
+        self, fused: Any, dense: torch.optim.Optimizer, *replicated: torch.optim.Optimizer, clip_norm: float | None = None
+    ) -> None:
+        self.fused, self.dense, self.replicated, self.clip_norm = fused, dense, replicated, clip_norm
+        self.parts = (dense, *replicated)
+        self.rates = [(group, group["lr"]) for part in (fused, *self.parts) for group in part.param_groups]
+        self.gradients_finite = True
+        """Whether the norm of the dense gradient of the last step was. Ranks have the same gradient, and so the same answer."""
 
     def scale_rates(self, factor: float) -> None:
         """Set every learning rate to `factor` times the recipe's."""
@@ -49,7 +62,15 @@ class Optimizers:
             part.zero_grad()
 
     def step(self) -> None:
-        for part in self.parts:
+        """Where the dense gradient is not finite, dense weights stay as they are. Gradients of tables are guarded on their way."""
+        parameters = [parameter for group in self.dense.param_groups for parameter in group["params"]]
+        norm = get_total_norm(parameter.grad for parameter in parameters if parameter.grad is not None)
+        self.gradients_finite = bool(torch.isfinite(norm))
+        if self.gradients_finite:
+            if self.clip_norm is not None:
+                clip_grads_with_norm_(parameters, self.clip_norm, norm)
+            self.dense.step()
+        for part in self.replicated:
             part.step()
 
 
@@ -62,7 +83,10 @@ def train_task(recipe: Recipe) -> TrainTask:
     for collection in (collections.bags, collections.sequences):
         if collection is not None:
             recipe.train.table_training.attach(collection, recipe.tables)
-    model = Recommender(Lookup(collections, schema, recipe.model.attention_layers), tower)
+    clip = recipe.train.embedding_clip_norm
+    # A loss is a mean over the rows of all ranks, times the number of ranks, as gradients are averaged.
+    gradient_bound = None if clip is None else clip / recipe.data.batch_size
+    model = Recommender(Lookup(collections, schema, recipe.model.attention_layers, gradient_bound), tower)
     fresh_rows = FreshRows(recipe.train.seed) if dynamic_tables(recipe.tables) else None
     return TrainTask(model, Objective(recipe.tasks, schema, recipe.retrieval), fresh_rows)
 
@@ -129,12 +153,13 @@ def build(recipe: Recipe, ranks: Ranks, plan: Plan | None = None, *, initialise:
     dense = dict(in_backward_optimizer_filter(model.named_parameters()))
     replicated = {table: parameter for name, parameter in dense.items() if (table := of_table(name)) is not None}
     others = [parameter for name, parameter in dense.items() if of_table(name) is None]
-    parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr=section.lr, weight_decay=section.weight_decay)]
-    if replicated:
-        parts.append(training.replicated(replicated, recipe.tables))
+    adam = torch.optim.AdamW(others, lr=section.lr, weight_decay=section.weight_decay)
+    of_replicated = [training.replicated(replicated, recipe.tables)] if replicated else []
     dynamic = dynamic_tables(recipe.tables)
     batches = DynamicBatches(recipe.tables, recipe.data_schema, ranks.rank, ranks.world_size) if dynamic else None
-    built = Built(model, Optimizers(model.fused_optimizer, *parts), dense, plan, batches, ranks.device)
+    built = Built(
+        model, Optimizers(model.fused_optimizer, adam, *of_replicated, clip_norm=section.clip_norm), dense, plan, batches, ranks.device
+    )
     if built.task.fresh_rows is not None:
         built.task.fresh_rows.bind({number: _held(built, table) for number, table in enumerate(dynamic)})
     return built

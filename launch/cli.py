@@ -1,4 +1,4 @@
-"""The command line: triptych, also python -m triptych.launch.cli. Exit codes: 0 done, 2 wrong input, 1 a failure."""
+"""The command line: triptych, also python -m triptych.launch.cli. Exit codes: 0 done, 2 wrong input, 1 a failure, 130 stopped."""
 
 from __future__ import annotations
 
@@ -120,6 +120,7 @@ def train(
     ranks: NumRanks = 1,
     set: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="override a recipe key; repeatable")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the run's last checkpoint")] = False,
+    restarts: Annotated[int, typer.Option(min=0, help="start all ranks again, from the last checkpoint, so often if one fails")] = 0,
 ) -> None:
     """Train a recipe on this machine. On a cluster: torchx run -s SCHEDULER launch/component.py:train -- ..."""
     from . import stack
@@ -127,6 +128,8 @@ def train(
     stack.check()
     from ..embeddings.memory import this_machine
     from .build import plan_of
+    from .checkpoints.manifest import committed
+    from .checkpoints.start_from import checkpoint_to_start_from
     from .config import load_recipe, save_recipe
     from .distributed import device_type, quiet_the_stack
     from .inference import check_data
@@ -135,13 +138,15 @@ def train(
     resolved = load_recipe(recipe, set or [])
     quiet_the_stack()
     plan_of(resolved, this_machine(device_type(), ranks, ranks))
+    if not (resume and committed(run / "checkpoints")):
+        checkpoint_to_start_from(resolved)
     check_data(resolved, rows=False)  # the first rank reads rows, where the data is near
     claim(run, resume=resume)
     # Not into the run folder yet: a resume that is refused must leave its recipe alone.
     with tempfile.TemporaryDirectory() as scratch:
         handed_over = Path(scratch) / "recipe.toml"
         save_recipe(resolved, handed_over)
-        _launch("train", {"recipe": handed_over, "run": run, "resume": resume}, ranks, run)
+        _launch("train", {"recipe": handed_over, "run": run, "resume": resume}, ranks, run, restarts)
 
 
 @app.command()
@@ -234,31 +239,38 @@ def _check_output(file: Path) -> None:
         raise InputError(f"{file.parent}: cannot make the folder ({error.strerror})") from error
 
 
-def _launch(command: str, options: dict[str, object], ranks: int, run: Path) -> None:
+def _launch(command: str, options: dict[str, object], ranks: int, run: Path, restarts: int = 0) -> None:
     from .local import launch
 
-    given = {key: value for key, value in options.items() if value not in (None, False)}
+    given = {key: value for key, value in {**options, "restarts": restarts}.items() if value not in (None, False)}
     log_dir = run / "logs"
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
     except OSError:  # a run that others own can still be evaluated
         log_dir = Path(tempfile.mkdtemp(prefix="triptych_logs_"))
-    launch(command, [part for key, value in given.items() for part in (f"--{key}", str(value))], ranks=ranks, log_dir=log_dir)
+    args = [part for key, value in given.items() for part in (f"--{key}", str(value))]
+    launch(command, args, ranks=ranks, log_dir=log_dir, restarts=restarts)
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point. What goes wrong is one line on stderr: exit code 2 for wrong input, 1 for a failure, 130 when interrupted."""
     from torchx.schedulers.local_scheduler import SignalException
 
-    from .local import RanksFailed
+    from .local import INTERRUPTED, RanksFailed, Stopped
 
     try:
-        sys.exit(app(args, standalone_mode=False))
+        code = app(args, standalone_mode=False)
+        if code == 130:  # what the parser makes of Ctrl-C, without a word
+            raise Stopped(INTERRUPTED)
+        sys.exit(code)
     except (InputError, RanksFailed) as error:
         print(f"triptych: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
+    except Stopped as stopped:
+        print(f"triptych: {stopped}", file=sys.stderr)
+        sys.exit(130)
     except (KeyboardInterrupt, SignalException, typer.Abort):
-        print("triptych: interrupted; a training goes on from its last checkpoint with --resume", file=sys.stderr)
+        print(f"triptych: {INTERRUPTED}", file=sys.stderr)
         sys.exit(130)
     except USAGE_ERROR as error:
         if args == [] or (args is None and len(sys.argv) == 1):

@@ -3,10 +3,17 @@
 TorchX executes this file outside the package, so it imports nothing of ours.
 """
 
+import os
 from typing import Dict, List, Optional
 
 import torchx.specs as specs
 from torchx.components.dist import ddp
+
+ENVIRONMENT = {
+    # Seconds from SIGTERM to SIGKILL, 30 unless given: too few for ranks that save a large checkpoint.
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",
+}
+"""Of torchrun and the ranks, where neither `env` nor the environment of this command say otherwise."""
 
 
 def train(
@@ -23,6 +30,7 @@ def train(
     image: str = "",
     env: Optional[Dict[str, str]] = None,
     max_retries: int = 0,
+    restarts: int = 0,
     rdzv_port: int = 29500,
 ) -> specs.AppDef:
     """Train a recipe over nodes x ranks processes.
@@ -41,10 +49,12 @@ def train(
         image: image, for schedulers that run one
         env: environment variables, A=1,B=2
         max_retries: how often the scheduler may restart the job
+        restarts: how often torchrun may start the ranks again when one fails or is killed, from the last checkpoint
         rdzv_port: port of the first node where ranks meet
     """
     args = ["--recipe", recipe, "--run-dir", run, *(part for override in set.split(";") if override for part in ("--set", override))]
     resume = resume or max_retries > 0  # a restarted job finds its own checkpoints
+    env = {"PET_MAX_RESTARTS": str(restarts), **(env or {})}  # as torchrun --max-restarts
     return _ranks("train", args + (["--resume"] if resume else []), nodes, ranks, cpu, gpu, memMB, h, image, env, max_retries, rdzv_port)
 
 
@@ -126,6 +136,7 @@ def _ranks(
     command: str, args: List[str], nodes: int, ranks: int, cpu: int, gpu: int, memMB: int, h: Optional[str], image: str,
     env: Optional[Dict[str, str]], max_retries: int, rdzv_port: int,
 ) -> specs.AppDef:  # fmt: skip
+    env = {**{name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}, **(env or {})}
     # --run-dir, not --run: torchrun would take that for its own --run-path.
     return ddp(
         *args, m=f"triptych.launch.{command}", name=f"triptych/{command}", j=f"{nodes}x{ranks}", cpu=cpu, gpu=gpu, memMB=memMB, h=h,

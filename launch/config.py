@@ -89,7 +89,10 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         table.model_copy(update={"key_file": str(Path(table.key_file).expanduser().resolve())}) if table.key_file else table
         for table in recipe.tables
     )
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": absolute(recipe.data.root)}), "tables": tables})
+    data, checkpoint = recipe.data.model_copy(update={"root": absolute(recipe.data.root)}), recipe.checkpoint
+    if checkpoint.start_from is not None:
+        checkpoint = checkpoint.model_copy(update={"start_from": str(Path(checkpoint.start_from).expanduser().resolve())})
+    return recipe.model_copy(update={"data": data, "tables": tables, "checkpoint": checkpoint})
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:

@@ -6,6 +6,8 @@ import re
 import time
 from dataclasses import dataclass, field
 
+from .faults.stages import stage
+
 PROGRESS = re.compile(r"^(?P<stage>\S+) (?P<done>\d+)/(?P<total>\d+)(?: (?P<note>.*))?$")
 FAILURE_FILE = "TRIPTYCH_FAILURE_FILE"
 """Environment variable: where a failing rank leaves its reason for whoever launched it."""
@@ -18,13 +20,14 @@ def say(text: str) -> None:
 
 @dataclass
 class ProgressLines:
-    """`stage done/total note`, at most one every two seconds, and the last. Silent unless `enabled`."""
+    """`stage done/total note`, at most one every two seconds, and the last. Silent unless `enabled`; on every rank a sign of life."""
 
     stage: str
     enabled: bool
     last: float = field(default=0.0)
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
+        stage(f"{self.stage} {done} of {total}")
         now = time.monotonic()
         if self.enabled and (done >= total or now - self.last >= SECONDS_BETWEEN_LINES):
             self.last = now

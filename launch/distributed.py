@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import json
 import logging
 import os
-import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -22,13 +19,22 @@ import torch.distributed as dist
 
 from ..datasets.schema import InputError
 from ..embeddings.memory import DeviceType, Machine, this_machine
-from .console import FAILURE_FILE
+from .faults.meeting import meet
+from .faults.places import place_of
+from .faults.reasons import FAILURE, INPUT, RankFailure, leave_reason
+from .faults.stages import stage
+from .faults.stop import listen
+from .faults.watchdog import Watchdog
 from .stack import has_cuda_kernels
 
-TIMEOUT = timedelta(minutes=30)
-LOST_A_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+TIMEOUT_S = 1800.0
+"""Until ranks that do not get on are ended, unless the recipe says otherwise."""
+BACKSTOP = timedelta(days=1)
+"""Of one collective. The watchdog is earlier, and names who hangs; ranks may wait longer than its timeout for one that works."""
+LOST_A_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "remote process exited")
 """Signs that another rank went first: the reason to tell is that one's."""
-PR_SET_PDEATHSIG = 1
+SECONDS_BEHIND = 1.0
+"""Until a rank ends that lost another: torchrun takes the first that it sees ended for the cause, and looks every 0.1 s."""
 T = TypeVar("T")
 
 
@@ -104,8 +110,14 @@ def device_type() -> DeviceType:
 
 
 @contextlib.contextmanager
-def process_group() -> Iterator[Ranks]:
-    """Join the ranks that torchrun started, or be the only one. gloo serves CPU tensors, nccl CUDA tensors."""
+def process_group(timeout_s: float = TIMEOUT_S) -> Iterator[Ranks]:
+    """Join the ranks that torchrun started, or be the only one. gloo serves CPU tensors, nccl CUDA tensors.
+
+    Args:
+        timeout_s: seconds that ranks wait for each other at the start, and that all may be without progress before they are ended.
+    Raises:
+        RankFailure: not all ranks came.
+    """
     quiet_the_stack()
     world_size, rank = _from_torchrun("WORLD_SIZE", 1), _from_torchrun("RANK", 0)
     local_rank, local_world_size = _from_torchrun("LOCAL_RANK", 0), _from_torchrun("LOCAL_WORLD_SIZE", 1)
@@ -113,45 +125,38 @@ def process_group() -> Iterator[Ranks]:
     # torchrun sets one thread a rank; the machine's cores are there to be shared out.
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend, timeout=TIMEOUT)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
-    yield Ranks(rank, world_size, local_rank, local_world_size, device)
-    # Only after success: with work outstanding it may block, and a failing rank must first say why.
-    dist.destroy_process_group()
+    store = meet(rank, world_size, timeout_s) if world_size > 1 else dist.HashStore()
+    with Watchdog(rank, world_size, store, timeout_s):
+        stage("joining the other ranks")
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=BACKSTOP)
+        yield Ranks(rank, world_size, local_rank, local_world_size, device)
+        stage("leaving the other ranks")
+        # Only after success: with work outstanding it may block, and a failing rank must first say why.
+        dist.destroy_process_group()
 
 
 def run_rank(work: Callable[[], None]) -> None:
     """Run one rank's work as a process's main: wrong input exits with 2 and one line, anything else with 1 and a traceback."""
-    if FAILURE_FILE in os.environ:
-        # Launched on this machine: a rank must not train on when torchrun is gone, beside the run that takes its place.
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    listen()
     try:
         work()
     except InputError as error:
-        if not leave_reason("input", str(error)):
-            print(f"triptych: {error}", file=sys.stderr, flush=True)
-        os._exit(2)  # other ranks may wait in a collective, and so would an orderly exit
+        leave_reason("input", str(error))
+        os._exit(INPUT)  # other ranks may wait in a collective, and so would an orderly exit
+    except RankFailure as error:
+        leave_reason("failure", str(error))
     except Exception as error:
-        if not any(sign in str(error) for sign in LOST_A_PEER):
-            leave_reason("failure", f"{type(error).__name__}: {error}")
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
+        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST_A_PEER):
+            print(f"rank {os.environ.get('RANK', '0')} lost another rank ({_place(error)})", file=sys.stderr)
+            time.sleep(SECONDS_BEHIND)
+        else:
+            traceback.print_exc()
+            leave_reason("failure", f"{type(error).__name__}: {error} ({_place(error)})")
+    else:
+        return
+    sys.stderr.flush()
+    os._exit(FAILURE)
 
 
-def leave_reason(kind: str, message: str) -> bool:
-    """Tell whoever launched this rank why it fails; False if nobody asked.
-
-    The first failure is kept: it is the cause, other ranks' follow from it.
-    """
-    path = os.environ.get(FAILURE_FILE)
-    if path is None:
-        return False
-    rank = int(os.environ.get("RANK", "0"))
-    beside = Path(f"{path}.{rank}")
-    beside.write_text(json.dumps({"kind": kind, "message": " ".join(message.split()), "rank": rank}), encoding="utf-8")
-    with contextlib.suppress(FileExistsError):
-        os.link(beside, path)
-    return True
+def _place(error: Exception) -> str:
+    return place_of(error.__traceback__) or "outside the package"

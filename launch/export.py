@@ -6,7 +6,9 @@ OUT/export.json                                      what it was made from
 """
 
 from . import stack
+from .faults.start import start_rank
 
+start_rank()
 stack.check()
 
 import shutil  # noqa: E402
@@ -33,6 +35,7 @@ from .build import Built  # noqa: E402
 from .config import Recipe  # noqa: E402
 from .console import ProgressLines, say  # noqa: E402
 from .distributed import Ranks, process_group, run_rank  # noqa: E402
+from .faults.stages import stage  # noqa: E402
 from .inference import entity_loader, run_rows, split_files  # noqa: E402
 from .run_folder import load_run, read_recipe  # noqa: E402
 from .search import FACTS  # noqa: E402
@@ -77,14 +80,16 @@ def _export_entities(side: str, recipe: Recipe, built: Built, fitted: Fitted, ra
     source = data.items if side == "item" and data.items else data.train
     if source is None:
         raise InputError(f"the recipe has no data.train to take {side}s from")
+    stage(f"collecting {side}s")
     if ranks.is_first:
-        write_entities(schema, fitted, split_files(schema, source), id_feature, entities)
+        write_entities(schema, fitted, split_files(schema, source), id_feature, entities, ProgressLines(f"rows_of_{side}s", ranks.is_first))
     dist.barrier()
     others = [f.name for f in schema.features if f.side != side]
     listing = list_slices(schema, [str(entities)], labels=False, skip_features=others, types=fitted.types.copy())
     loader = entity_loader(Decoder(schema, fitted, labels=False, skip_features=others), listing.slices, ranks)
     built.model.eval()
     row_R, vector_RD = run_rows(side_vectors(built, side), built, loader, ProgressLines(f"{side}s", ranks.is_first))
+    stage(f"writing vectors of {side}s")
     real = row_R >= 0
     ids = pq.read_table(entities, columns=[schema.feature(id_feature).column]).column(0).combine_chunks()
     ids = exported_ids(ids, schema.feature(id_feature), fitted)
@@ -101,6 +106,7 @@ def export(run: Path, out: Path, ranks: Ranks) -> None:
     if out.exists() and not (out / FACTS).is_file() and any(out.iterdir()):
         raise InputError(f"{out} is not empty and holds no export; choose another --out")
     fitted = ranks.from_first(lambda: Fitted.load(run, recipe.data_schema))
+    stage("building the model")
     built, step = load_run(run, recipe, fitted, ranks)
     writing = out.with_name(out.name + ".writing")
     if ranks.is_first:
@@ -110,6 +116,7 @@ def export(run: Path, out: Path, ranks: Ranks) -> None:
     counts = {f"{side}s": export_side(side, recipe, built, fitted, ranks, writing) for side in ("user", "item")}
     if not ranks.is_first:
         return
+    stage("building the index")
     ids, vector_ND = read_all(writing / "items", recipe.retrieval.item)
     save_index(writing, ids, vector_ND)
     facts = {
@@ -128,7 +135,7 @@ def export(run: Path, out: Path, ranks: Ranks) -> None:
 
 def main(run: Annotated[Path, typer.Option("--run", "--run-dir")], out: Annotated[Path, typer.Option()]) -> None:
     def work() -> None:
-        with process_group() as ranks:
+        with process_group(read_recipe(run).train.timeout_s) as ranks:
             export(run, out, ranks)
 
     run_rank(work)

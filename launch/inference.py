@@ -28,6 +28,7 @@ from ..mmoe.metrics import TaskColumns, report
 from .build import Built
 from .config import Recipe
 from .distributed import Ranks
+from .faults.stages import stage
 
 Progress = Callable[[int, int], None]
 
@@ -82,6 +83,7 @@ def _check_rows(schema: Schema, valid: Listing) -> None:
     decoder, reasons = unfitted_decoder(schema), []
     reader = SliceReader(decoder.columns)
     for part in valid.slices:
+        stage(f"checking {part}")
         try:
             decoder.decode(reader.read(part), str(part), part.first_row)
         except InputError as error:
@@ -94,6 +96,7 @@ def _check_rows(schema: Schema, valid: Listing) -> None:
 
 def _check_catalogue(schema: Schema, items: Listing, item: Feature) -> None:
     for part, table in read_slices(schema, items.slices, [item.column]):
+        stage(f"reading {part}")
         nulls = table.column(item.column).null_count
         if nulls:
             raise InputError(f"{part}: column '{item.column}' has {nulls} nulls; every item of the catalogue needs an id")
@@ -178,6 +181,7 @@ class _Truth:
         names = label_columns(schema) + [column for column in (data.group, data.scenario) if column is not None]
         rows, labels, codes, scenarios = [], [], [], []
         for part, table in read_slices(schema, slices, list(dict.fromkeys(names))):
+            stage(f"reading {part}")
             kept = np.flatnonzero(is_read_N[part.first_row : part.first_row + part.rows])
             if len(kept) == 0:
                 continue
@@ -200,6 +204,7 @@ class _Truth:
 
 def evaluate_rows(predictions: Predictions, slices: Sequence[Slice], schema: Schema, tasks: Sequence[Task]) -> dict[str, Any]:
     """Compare predictions with the files' labels: `rows`, `tasks` and `scenarios` as in result.json."""
+    stage("comparing predictions with labels")
     truth, prediction_NT = _Truth(schema, slices, predictions.is_read_N), predictions.prediction_NT
     columns = [
         TaskColumns(

@@ -1,46 +1,52 @@
-"""Ranks on this machine, through TorchX's local_cwd scheduler: start, follow, and end as they end."""
+"""Ranks on this machine, through TorchX's local_cwd scheduler: start, follow, stop, and end as they end."""
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
-import re
+import signal
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Column
 from torchx.runner import get_runner
 from torchx.schedulers.api import Stream
+from torchx.schedulers.local_scheduler import SignalException
 
 from ..datasets.schema import InputError
-from .console import FAILURE_FILE, PROGRESS
+from .console import FAILURE_FILE
+from .faults.reasons import Reason
+from .follow import Followed
 
 COMPONENT = Path(__file__).parent / "component.py"
-FIRST_RANK = "[0]:"
-KEPT_ON_FAILURE = 60
-"""Lines of the log shown when ranks fail without saying why."""
-KILLED = re.compile(r"rank\s*: (?P<rank>\d+) [^\n]*\n[^\n]*exitcode\s*: -(?P<signal>(?!15\b)\d+)")
-"""A killed rank in torchrun's report, which may call the rank that lost it the root cause. SIGTERM is torchrun's own doing."""
+STOPPING = {"train": "stopping: saving a checkpoint"}
+"""By command; others have nothing to save."""
+
+
+INTERRUPTED = "interrupted; a training goes on from its last checkpoint with --resume"
 
 
 class RanksFailed(RuntimeError):
     """Ranks ended with an error that is not the user's."""
 
 
-def launch(command: str, args: Sequence[str], *, ranks: int, log_dir: Path) -> None:
+class Stopped(RuntimeError):
+    """Ranks ended because they were asked to."""
+
+
+def launch(command: str, args: Sequence[str], *, ranks: int, log_dir: Path, restarts: int = 0) -> None:
     """Run a component of component.py on this machine and wait for it.
 
     Args:
         command: name of the component.
         log_dir: a folder, where TorchX keeps the ranks' output.
+        restarts: how often torchrun starts the ranks again; the component is told with `args`.
     Raises:
         InputError: a rank found the input wrong.
         RanksFailed: anything else; names the log.
+        Stopped: the ranks were asked to stop, by this process or another.
     """
     # TorchX starts `torchrun` by name, and the environment of this Python need not be active.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
@@ -55,55 +61,91 @@ def launch(command: str, args: Sequence[str], *, ranks: int, log_dir: Path) -> N
             "local_cwd",
             {"log_dir": str(log_dir), "auto_set_cuda_visible_devices": False},
         )
-        tail = _follow(runner.log_lines(handle, command, 0, should_tail=True, streams=Stream.COMBINED))
-        status = runner.wait(handle, wait_interval=0.2)
-        if failure_file.exists():
-            reason = json.loads(failure_file.read_text(encoding="utf-8"))
-            if reason["kind"] == "input":
-                raise InputError(reason["message"])
-            raise RanksFailed(f"rank {reason['rank']} failed: {reason['message']}; its log is under {log_dir}")
+        followed = Followed(failure_file, restarts)
+        with _passing_on_signals(STOPPING.get(command, "stopping")) as signals:
+            followed.follow(runner.log_lines(handle, command, 0, should_tail=True, streams=Stream.COMBINED))
+            status = runner.wait(handle, wait_interval=0.2)
         if status is None or status.state.name != "SUCCEEDED":
-            killed = KILLED.search("\n".join(tail))
-            if killed:
-                raise RanksFailed(
-                    f"rank {killed['rank']} was killed by signal {killed['signal']} (out of memory?); the log is under {log_dir}"
-                )
-            print("\n".join(tail), file=sys.stderr)
-            raise RanksFailed(f"the ranks ended as {status.state.name if status else 'unknown'}; their log is under {log_dir}")
+            _raise(followed, bool(signals), status.state.name if status else "unknown", log_dir)
 
 
-def _whole_lines(pieces: Iterable[str]) -> Iterator[str]:
-    """TorchX reads the log in blocks, so a line may come in two pieces."""
-    held = ""
-    for piece in pieces:
-        held += piece
-        if held.endswith("\n"):
-            yield held.rstrip()
-            held = ""
-    if held:
-        yield held
+def _raise(followed: Followed, was_asked: bool, state: str, log_dir: Path) -> None:
+    """The failure of a launch, in the user's words."""
+    reason = followed.reason
+    if reason is not None:
+        _raise_reason(reason, log_dir)
+    if was_asked:
+        raise Stopped(INTERRUPTED)
+    if followed.killed:
+        raise RanksFailed(f"{followed.killed}; the log is under {log_dir}")
+    print("\n".join(followed.tail), file=sys.stderr)
+    raise RanksFailed(f"the ranks ended as {state}; their log is under {log_dir}")
 
 
-def _follow(lines: Iterable[str]) -> list[str]:
-    """Print what the first rank says, as a bar on a terminal; return the last lines of all ranks."""
-    console = Console()
-    tail: list[str] = []
-    note = TextColumn("{task.fields[note]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
-    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(compact=True), note)
-    bar = Progress(*columns, console=console, expand=True) if console.is_terminal else None
-    with bar or nullcontext():
-        stages: dict[str, TaskID] = {}
-        for line in _whole_lines(lines):
-            tail = [*tail, line][-KEPT_ON_FAILURE:]
-            if not line.startswith(FIRST_RANK):
-                continue
-            text = line.removeprefix(FIRST_RANK)
-            progress = PROGRESS.match(text)
-            if bar is None or progress is None:
-                console.print(text, markup=False, highlight=False, soft_wrap=True)
-                continue
-            stage, done, total = progress["stage"], int(progress["done"]), int(progress["total"])
-            if stage not in stages:
-                stages[stage] = bar.add_task(stage, note="")
-            bar.update(stages[stage], completed=done, total=total, note=progress["note"] or "")
-    return tail
+def _raise_reason(reason: Reason, log_dir: Path) -> None:
+    if reason.kind == "input":
+        raise InputError(reason.message)
+    if reason.kind == "stopped":
+        raise Stopped(reason.message)
+    raise RanksFailed(f"{reason}; its log is under {log_dir}")
+
+
+@contextlib.contextmanager
+def _passing_on_signals(stopping: str) -> Iterator[list[int]]:
+    """Ctrl-C, SIGTERM and a closed terminal ask torchrun to stop its ranks, which may take a while; the second ends all at once.
+
+    TorchX would end torchrun, and with it the ranks, ten seconds after the first.
+
+    Yields:
+        The signals that came.
+    """
+    came: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        torchrun = [pid for pid in _below(os.getpid()) if _is_torchrun(pid)]
+        if not torchrun:
+            raise SignalException("stopped before torchrun was there", signal.Signals(number))
+        if len(came) == 1:
+            # Not print: it may be what the signal interrupted.
+            os.write(2, f"\n{stopping}; press Ctrl-C again to end at once\n".encode())
+            _send(torchrun, signal.SIGTERM)
+        else:
+            ranks = [rank for pid in torchrun for rank in _below(pid)]
+            _send([*torchrun, *ranks], signal.SIGKILL)
+
+    # One that is ignored stays so, as under nohup.
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, pass_on) for number in numbers}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _below(ancestor: int) -> list[int]:
+    """The processes that a process started, those that these started, and so on."""
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+    found = [ancestor]
+    for pid in found:
+        found += [child for child, parent in parents.items() if parent == pid]
+    return found[1:]
+
+
+def _is_torchrun(pid: int) -> bool:
+    """Whether it is torchrun itself, and not a shell that starts it."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    except OSError:
+        return False
+    return any(Path(word).name == "torchrun" for word in words[:2])
+
+
+def _send(pids: Sequence[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)

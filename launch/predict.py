@@ -1,7 +1,9 @@
 """One rank of prediction: torchrun -m triptych.launch.predict --run DIR --data PATH --out FILE.parquet"""
 
 from . import stack
+from .faults.start import start_rank
 
+start_rank()
 stack.check()
 
 import os  # noqa: E402
@@ -18,6 +20,7 @@ from ..datasets.parquet.listing import list_slices  # noqa: E402
 from ..datasets.schema import InputError  # noqa: E402
 from .console import ProgressLines, say  # noqa: E402
 from .distributed import process_group, run_rank  # noqa: E402
+from .faults.stages import stage  # noqa: E402
 from .inference import entity_loader, given_files, predict_rows  # noqa: E402
 from .run_folder import load_run, read_recipe  # noqa: E402
 
@@ -31,16 +34,19 @@ def main(
         recipe = read_recipe(run)
         schema = recipe.data_schema
         paths = given_files(schema, data)
-        with process_group() as ranks:
+        with process_group(recipe.train.timeout_s) as ranks:
+            stage("listing files")
             fitted = ranks.from_first(lambda: Fitted.load(run, schema))
             listing = ranks.from_first(lambda: list_slices(schema, paths, labels=False, types=fitted.types.copy()))
             for _, reason in listing.bad_files.values():
                 raise InputError(f"{reason}; predict keeps the order of rows and cannot leave a file out: take it out of --data")
             loader = entity_loader(Decoder(schema, fitted, labels=False), listing.slices, ranks)
+            stage("building the model")
             built, step = load_run(run, recipe, fitted, ranks)
             predictions = predict_rows(built, loader, ranks, ProgressLines("predict", ranks.is_first))
             if predictions is not None:
                 prediction_NT, is_read_N = predictions
+                stage(f"writing {out}")
                 table = pa.table({task.name: pa.array(prediction_NT[:, t], mask=~is_read_N) for t, task in enumerate(recipe.tasks)})
                 out.parent.mkdir(parents=True, exist_ok=True)
                 beside = out.with_name(out.name + ".writing")

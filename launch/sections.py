@@ -41,6 +41,13 @@ class TrainSection(Section):
     in the fourth digit."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the tower's matrix products; tables, losses and optimizers stay fp32."""
+    clip_norm: PositiveFloat | None = None
+    """Bound on the norm of the gradient of everything but tables, over all ranks and weights."""
+    embedding_clip_norm: PositiveFloat | None = None
+    """Bound on the norm of the gradient of each looked-up vector, times the rows of a batch: of the gradient of a row's own loss. So it
+    means the same for any batch_size, number of ranks and plan."""
+    max_bad_steps: NonNegativeInt = 10
+    """Steps with a loss or gradient that is not finite, over all the run and its resumes, that are skipped; one more ends the run."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     log_every: PositiveInt = 20
     """Steps between two lines of metrics.jsonl."""
@@ -48,6 +55,8 @@ class TrainSection(Section):
     """Steps between two evaluations on `valid`; 0: at the end of every epoch."""
     patience: NonNegativeInt = 0
     """Stop after this many evaluations in a row without a better `monitor`; 0: never. The best one is kept in any case."""
+    timeout_s: PositiveInt = 1800
+    """Seconds without progress on any rank after which the run is ended, naming who hangs; also how long ranks wait to find each other."""
     monitor: str | None = None
     """Metric that says which evaluation is best, as in "ctr.auc"; the first task's AUC (XAUC for a duration), unless given."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -13,51 +14,33 @@ import torch.distributed as dist
 from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist, TrainPipelineSparseDist
 
 from ..datasets.batch import Batch
-from ..datasets.fitted import Fitted, read_keys
-from ..datasets.fitting import gather, joined, needs_fitting
-from ..datasets.loader import Loader, Tally, in_background
-from ..datasets.parquet.decode import Decoder
+from ..datasets.fitted import Fitted
+from ..datasets.loader import Tally, in_background
 from ..datasets.parquet.listing import list_slices
 from ..datasets.row_groups import ReadingPosition
 from ..datasets.schema import InputError
 from ..embeddings.plan import Plan
 from ..embeddings.sharding import prefetches
 from ..mmoe.losses import sum_over_ranks
+from ..mmoe.train_task import StepReport
 from .build import build, load_model, load_optimizers, model_state, optimizer_state
 from .checkpoints.manifest import committed
 from .checkpoints.reader import open_newest
 from .checkpoints.saver import Saver
+from .checkpoints.start_from import start_from
 from .config import Recipe, difference, meaning, save_recipe
 from .console import ProgressLines, say, summary
 from .distributed import Ranks
 from .evaluations import Evaluations
+from .faults.bad_steps import BadSteps, TooManyBadSteps
 from .faults.stages import stage
 from .faults.stop import StopRequest
+from .feed import BATCHES_IN_PIPELINE, Feed, fit, train_loader
 from .inference import Split, split_files
 from .records import Records
 from .run_folder import check_fitted, claim, lock
 from .schedule import lr_factor
 from .writing import write_json
-
-BATCHES_IN_PIPELINE = 3
-
-
-class Feed:
-    """The batches of steps (step, last], handed out one by one. Which is the last may be decided while they are."""
-
-    def __init__(self, batches: Iterator[Batch], step: int, last: int) -> None:
-        self.batches, self.step, self.last = batches, step, last
-
-    def __iter__(self) -> Iterator[Batch]:
-        while self.step < self.last:
-            self.step += 1
-            stage(f"reading the batch of step {self.step}")
-            yield next(self.batches)
-
-    def end_after(self, step: int) -> None:
-        """End early. Batches are taken ahead of training, on some ranks further than on others: `step` is beyond them all."""
-        self.last = min(self.last, step)
-        assert self.step <= self.last, f"{self.step} batches were taken, {self.last} are to be trained"
 
 
 class Trainer:
@@ -77,22 +60,28 @@ class Trainer:
             self.lock = lock(run)
         schema = recipe.data_schema
         goes_on = ranks.from_first(lambda: resume and bool(committed(self.checkpoints)))
+        stage("listing the training files")
         train_files = split_files(schema, str(recipe.data.train))
         self.listing = ranks.from_first(lambda: list_slices(schema, train_files, labels=True))
-        self.fitted = ranks.from_first(lambda: Fitted.load(run, schema)) if goes_on else self._fit()
-        self.loader = self._train_loader()
+        self.fitted = ranks.from_first(lambda: Fitted.load(run, schema)) if goes_on else fit(recipe, self.listing, ranks)
+        self.loader = train_loader(recipe, self.listing, self.fitted, ranks)
         self.valid = Split("valid", schema, recipe.tasks, recipe.data.valid, ranks, self.fitted) if recipe.data.valid else None
+        stage("building the model")
         self.built = build(recipe, ranks, plan)
         pipeline = PrefetchTrainPipelineSparseDist if prefetches(recipe.tables, ranks.device) else TrainPipelineSparseDist
         self.pipeline = pipeline(self.built.model, self.built.optimizers, ranks.device)
         self.step, self.position = 0, ReadingPosition()
+        self.evaluation_due = False
         self.evaluations = Evaluations(self.section, recipe.tasks)
+        self.bad_steps = BadSteps(self.section.max_bad_steps, self.listing.slices, self.built, ranks)
         self.saver = Saver(self.checkpoints, recipe.checkpoint, ranks)
         self.stop, self.stopping = StopRequest.of_this_process(), False
         if resume:
             self._resume()
         if self.step == 0:
             self._start_at_label_means()
+            if recipe.checkpoint.start_from is not None:
+                start_from(self.built, recipe, self.fitted, ranks, run)
         self.saver.prepare({**model_state(self.built), **optimizer_state(self.built)})
         self.progress = ProgressLines("train", ranks.is_first)
         if ranks.is_first:
@@ -101,33 +90,10 @@ class Trainer:
             write_json(run / "plan.json", self.built.plan.described())
             self.records = Records(run, self.step)
 
-    def _fit(self) -> Fitted:
-        """One pass over the training files, where a feature or table needs one. Collective."""
-        schema, ranks = self.recipe.data_schema, self.ranks
-        if not needs_fitting(schema):
-            return ranks.from_first(lambda: Fitted(types=self.listing.types, keys=read_keys(schema)))
-        progress = ProgressLines("fit", ranks.is_first)
-        parts = ranks.gather(gather(schema, self.listing, rank=ranks.rank, world_size=ranks.world_size, progress=progress))
-        return ranks.from_first(lambda: joined(schema, self.listing, parts))
-
-    def _train_loader(self) -> Loader:
-        schema, data = self.recipe.data_schema, self.recipe.data
-        loader = Loader(
-            Decoder(schema, self.fitted),
-            self.listing.slices,
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
-            seed=self.section.seed,
-            shuffle=data.shuffle,
-            window=data.shuffle_row_groups if data.shuffle else 1,
-        )
-        loader.tally.bad_files |= self.listing.bad_files
-        return loader
-
     @property
     def finished(self) -> bool:
         out_of_patience = 0 < self.section.patience <= self.evaluations.since_best
-        return self.position.epoch >= self.section.epochs or out_of_patience
+        return not self.evaluation_due and (self.position.epoch >= self.section.epochs or out_of_patience)
 
     def fit(self) -> bool:
         """Train to the end, evaluating and saving on the way; leaves result.json.
@@ -138,9 +104,12 @@ class Trainer:
         if self.ranks.is_first and not self.finished and self.section.warmup_steps >= self._total_steps():
             say(f"train.warmup_steps = {self.section.warmup_steps} is longer than the training of {self._total_steps()} steps")
         while not self.finished:
-            self._train_until_evaluation()
-            if self.valid is not None and not self.stopping:
-                self._evaluate()
+            if not self.evaluation_due:
+                self.evaluation_due = self._train_until_evaluation()
+            if self.evaluation_due and not self.stopping:  # else there may be no time for it: a run that goes on begins with it
+                if self.valid is not None:
+                    self._evaluate()
+                self.evaluation_due = False
             self._save()
             if self.stopping and not self.finished:
                 self._commit()
@@ -153,8 +122,8 @@ class Trainer:
         later_epochs = self.section.epochs - self.position.epoch - 1
         return self.step + self.loader.steps_left(self.position) + later_epochs * self.loader.steps_left(ReadingPosition())
 
-    def _train_until_evaluation(self) -> None:
-        """Train to the next evaluation: the end of the epoch, or `evaluate_every` steps."""
+    def _train_until_evaluation(self) -> bool:
+        """Train to the next evaluation: the end of the epoch, or `evaluate_every` steps. False if it was asked to stop before."""
         every = self.section.evaluate_every
         steps, total = self.loader.steps_left(self.position), self._total_steps()
         if every:
@@ -163,11 +132,12 @@ class Trainer:
         batches = self.loader.batches(self.position, steps)
         while self.step < last:
             self._train_steps(Feed(batches, self.step, min(last, self.step + save_every - self.step % save_every)), total)
-            if self.stopping:
-                return
+            if self.stopping and self.step < last:
+                return False
             if self.step < last:
                 self._save()
         assert next(batches, None) is None
+        return True
 
     def _train_steps(self, feed: Feed, total: int) -> None:
         """Train on the batches of a feed. Nothing is taken or mapped beyond them: a checkpoint may follow."""
@@ -180,6 +150,7 @@ class Trainer:
             report = self.pipeline.progress(mapped)
             self.step += 1
             self.position = self.loader.after_step(self.position)
+            self._look_at(report)
             if self.built.dynamic is not None:
                 self.built.dynamic.after_step()
             if report.stop and not self.stopping:
@@ -193,6 +164,13 @@ class Trainer:
         assert next(mapped, None) is None
         self.pipeline.detach()
 
+    def _look_at(self, report: StepReport) -> None:
+        try:
+            self.bad_steps.after_step(self.step, report)
+        except TooManyBadSteps:
+            self._commit()  # of what was trained before
+            raise
+
     def _mapped(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Batches with rows in place of dynamic ids, found ahead of training in a thread."""
         dynamic = self.built.dynamic
@@ -203,10 +181,12 @@ class Trainer:
     def _log(self, losses_L: torch.Tensor, epoch: int, total: int, rows_per_second: float) -> None:
         if not self.ranks.is_first:
             return
-        losses = dict(zip(self.built.task.objective.loss_names, losses_L.tolist(), strict=True))
-        note = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+        values = (loss if math.isfinite(loss) else None for loss in losses_L.tolist())
+        losses = dict(zip(self.built.task.objective.loss_names, values, strict=True))
+        note = ", ".join(f"{name} {'n/a' if loss is None else format(loss, '.4f')}" for name, loss in losses.items())
         self.progress(self.step, total, f"epoch {epoch + 1}/{self.section.epochs}, {rows_per_second:,.0f} rows/s, loss: {note}")
         record: dict[str, Any] = {"step": self.step, "epoch": epoch, "rows_per_second": rows_per_second, "loss": losses}
+        record["bad_steps"] = self.bad_steps.count
         if self.built.dynamic is not None:
             record["ids"] = self.built.dynamic.tally.report()
         self.records.write(record)
@@ -226,6 +206,7 @@ class Trainer:
     def _start_at_label_means(self) -> None:
         """Of the first batch that holds labels; where rows are skipped, the very first may not. Collective."""
         for batch in self.loader.batches():
+            stage("taking the means of the labels")
             batch = batch.to(self.ranks.device)
             if sum_over_ranks((batch.known_BT * batch.weight_B[:, None]).sum()) > 0:
                 self.built.task.start_at_label_means(batch)
@@ -247,6 +228,8 @@ class Trainer:
             "fitted": self.fitted.digest(),
             "meaning": meaning(self.recipe),
             "evaluations": self.evaluations.state(),
+            "evaluation_due": self.evaluation_due,
+            "bad_steps": self.bad_steps.state(),
         }
 
     def _check_same(self, folder: Path, facts: dict[str, Any]) -> None:
@@ -263,9 +246,11 @@ class Trainer:
         if self.ranks.device.type == "cuda":
             own["cuda_random_state"] = torch.cuda.get_rng_state(self.ranks.device)
         self._gather_tally()
-        best = self.evaluations.best_steps(self.recipe.checkpoint.keep_best)
-        self.saver.save(self.step, {**model_state(self.built), **optimizer_state(self.built)}, own, self._facts(), best)
+        self.saver.save(self.step, {**model_state(self.built), **optimizer_state(self.built)}, own, self._facts(), self._best_steps())
         self._record_saved()
+
+    def _best_steps(self) -> list[int]:
+        return self.evaluations.best_steps(self.recipe.checkpoint.keep_best)
 
     def _commit(self) -> None:
         """Until the last checkpoint is whole."""
@@ -294,6 +279,9 @@ class Trainer:
         # Files that are left out now are known; they may have moved.
         self.loader.tally.update(Tally(**facts["tally"] | {"bad_files": {}}))
         self.evaluations.load(facts["evaluations"])
+        self.evaluation_due = facts["evaluation_due"]
+        self.bad_steps.load(facts["bad_steps"])
+        self.saver.prune(self._best_steps())
         for name, restore in (("random_state", torch.set_rng_state), ("cuda_random_state", torch.cuda.set_rng_state)):
             random_state = reader.read_own(name)
             if random_state is not None:
@@ -305,7 +293,7 @@ class Trainer:
         if not self.ranks.is_first:
             return
         result = self.evaluations.best or {"split": None, "rows": 0, "step": self.step, "tasks": {}}
-        data = {"rows": self.loader.num_rows, **self.loader.tally.report()}
+        data = {"rows": self.loader.num_rows, **self.loader.tally.report(), **self.bad_steps.report()}
         write_json(self.run / "result.json", result | {"data": data})
         self._say_what_was_left_out(data)
         say(f"done: step {self.step}, best step {result['step']}, {self.run / 'result.json'}")
@@ -314,5 +302,9 @@ class Trainer:
         skipped = data["skipped"]
         if skipped["files"]:
             say(f"skipped {skipped['rows']} training rows in {skipped['files']} files; first: {skipped['reasons'][0]}")
+        if data["bad_steps"]:
+            say(f"{data['bad_steps']} steps with a loss or gradient that was not finite")
+        if data["zeroed_gradients"]:
+            say(f"{data['zeroed_gradients']} gradients of looked-up vectors were not finite and became 0")
         for task, counts in data["capped"].items():
             say(f"{task}: {counts['negative']} negative durations set to 0, {counts['above_cap']} cut to the cap")

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from .axes import Axes, Axis, units, within
+
 
 class BatchedLinear(nn.Module):
     """G independent linear layers.
@@ -31,6 +33,11 @@ class BatchedLinear(nn.Module):
         wide_IX = self.weight_GIO.transpose(0, 1).reshape(inputs, groups * outputs)
         return torch.addmm(self.bias_GO.flatten(), x, wide_IX).view(-1, groups, outputs).transpose(0, 1)
 
+    def axes(self, groups: Axis, inputs: Axis, outputs: Axis | None = None) -> dict[str, Axes]:
+        """What the places of each weight stand for, given what the groups, inputs and outputs do."""
+        outputs = outputs or units(self.bias_GO.shape[1])
+        return {"weight_GIO": (groups, inputs, outputs), "bias_GO": (groups, outputs)}
+
 
 class BatchedMLP(nn.Module):
     """G independent MLPs: linear, ReLU, dropout for each width in `layers`.
@@ -48,3 +55,12 @@ class BatchedMLP(nn.Module):
         for linear in self.linears:
             x = self.dropout(torch.relu(linear(x)))
         return x
+
+    def axes(self, groups: Axis, inputs: Axis) -> dict[str, Axes]:
+        """As BatchedLinear.axes."""
+        found: dict[str, Axes] = {}
+        for number, linear in enumerate(self.linears):
+            assert isinstance(linear, BatchedLinear)
+            found |= within(f"linears.{number}", linear.axes(groups, inputs))
+            inputs = units(linear.bias_GO.shape[1])
+        return found

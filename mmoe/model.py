@@ -11,9 +11,11 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import nn
 
 from ..datasets.batch import Batch
-from ..datasets.schema import SIDES, Schema, Section, nearest
+from ..datasets.schema import SIDES, Label, Schema, Section, nearest
 from ..embeddings.lookup import ALONE, Lookup
+from ..embeddings.sharding import of_table
 from ..embeddings.tables import EmbeddingTable
+from .axes import Axes, Axis, Block, numbered, units, width, within
 from .experts import BatchedLinear, BatchedMLP
 from .sharing import PLE, MMoE, SharedBottom
 
@@ -69,7 +71,7 @@ class RetrievalSection(Section):
         return [label.name for label in schema.labels].index(self.task or binary[0])
 
 
-def make_sharing(section: ModelSection, tasks: int, inputs: int) -> nn.Module:
+def make_sharing(section: ModelSection, tasks: int, inputs: int) -> SharedBottom | MMoE | PLE:
     common: dict[str, Any] = {"layers": section.expert_layers, "dropout": section.dropout}
     if section.sharing == "shared_bottom":
         return SharedBottom(tasks, inputs, **common)
@@ -97,11 +99,36 @@ class SideEncoder(nn.Module):
         own_BV = vectors[self.side + ALONE] if self.side + ALONE in vectors else vectors[self.side]
         return self.layers(torch.cat([own_BV, dense_BD[:, self.dense_columns]], dim=1))
 
+    def axes(self, inputs: Axis) -> dict[str, Axes]:
+        """What the places of each weight stand for, given what the inputs do."""
+        found: dict[str, Axes] = {}
+        for number, layer in enumerate(self.layers):
+            if isinstance(layer, nn.Linear):
+                found |= within(f"layers.{number}", {"weight": (units(layer.out_features), inputs), "bias": (units(layer.out_features),)})
+                inputs = units(layer.out_features)
+        return found
+
 
 def dense_columns(schema: Schema, side: str) -> list[int]:
     """Columns of the dense matrix that belong to a side."""
     sides = [f.side for f in schema.dense_features for _ in range(f.width)]
     return [column for column, its_side in enumerate(sides) if its_side == side]
+
+
+def vector_axis(schema: Schema, tables: Sequence[EmbeddingTable], side: str) -> Axis:
+    """What `Lookup` gives of a side."""
+    dims = {table.name: table.dim for table in tables}
+    return tuple(Block("feature", f.name, dims[str(f.table)]) for f in schema.features if f.is_id and f.side == side)
+
+
+def dense_axis(schema: Schema, sides: Sequence[str] = SIDES) -> Axis:
+    """The columns of the dense matrix that belong to sides."""
+    return tuple(Block("feature", f.name, f.width) for f in schema.dense_features if f.side in sides)
+
+
+def task_block(label: Label) -> Block:
+    """A task of another kind is another task."""
+    return Block("task", f"{label.name} ({label.kind})", 1)
 
 
 class Outputs(NamedTuple):
@@ -121,18 +148,20 @@ class Tower(nn.Module):
         self, section: ModelSection, retrieval: RetrievalSection | None, schema: Schema, tables: Sequence[EmbeddingTable], precision: str
     ) -> None:
         super().__init__()
-        dims = {table.name: table.dim for table in tables}
-        widths = {side: sum(dims[schema.table(f.table).name] for f in schema.features if f.is_id and f.side == side) for side in SIDES}
+        vectors = {side: vector_axis(schema, tables, side) for side in SIDES}
         num_tasks = len(schema.labels)
-        self.sides = [side for side in SIDES if widths[side]]
+        self.tasks, self.inputs = tuple(map(task_block, schema.labels)), (*itertools.chain(*vectors.values()), *dense_axis(schema))
+        self.side_inputs = {side: (*vectors[side], *dense_axis(schema, [side])) for side in SIDES}
+        self.sides = [side for side in SIDES if vectors[side]]
         self.bf16 = precision == "bf16"
-        self.sharing = make_sharing(section, num_tasks, sum(widths.values()) + schema.dense_width)
-        self.task_towers = BatchedMLP(num_tasks, section.expert_layers[-1], section.tower_layers, section.dropout)
-        self.task_outputs = BatchedLinear(num_tasks, (section.expert_layers[-1], *section.tower_layers)[-1], 1)
+        self.sharing = make_sharing(section, num_tasks, width(self.inputs))
+        self.representation_width = section.expert_layers[-1]
+        self.task_towers = BatchedMLP(num_tasks, self.representation_width, section.tower_layers, section.dropout)
+        self.task_outputs = BatchedLinear(num_tasks, (self.representation_width, *section.tower_layers)[-1], 1)
         self.encoders = nn.ModuleDict()
         if retrieval is not None:
             for side in ("user", "item"):
-                self.encoders[side] = SideEncoder(schema, side, widths[side], retrieval.layers, retrieval.dim)
+                self.encoders[side] = SideEncoder(schema, side, width(vectors[side]), retrieval.layers, retrieval.dim)
             self.affinity_bias = nn.Parameter(torch.zeros(()))
 
     def forward(self, vectors: dict[str, torch.Tensor], dense_BD: torch.Tensor) -> Outputs:
@@ -145,6 +174,16 @@ class Tower(nn.Module):
                 affinity_B = ((user_BD * item_BD).sum(1) + self.affinity_bias).float()
         return Outputs(logits_BT.float(), affinity_B)
 
+    def axes(self) -> dict[str, Axes]:
+        """What the places of each weight stand for."""
+        found = within("sharing", self.sharing.axes(self.tasks, self.inputs))
+        found |= within("task_towers", self.task_towers.axes(self.tasks, units(self.representation_width)))
+        found |= within("task_outputs", self.task_outputs.axes(self.tasks, units(self.task_outputs.weight_GIO.shape[1])))
+        for side, encoder in self.encoders.items():
+            assert isinstance(encoder, SideEncoder)
+            found |= within(f"encoders.{side}", encoder.axes(self.side_inputs[side]))
+        return found | ({"affinity_bias": ()} if self.encoders else {})
+
 
 class Recommender(nn.Module):
     """Lookup, then tower. Only calls its submodules, because the training pipeline traces it with torch.fx."""
@@ -156,3 +195,13 @@ class Recommender(nn.Module):
 
     def forward(self, batch: Batch) -> Outputs:
         return self.tower(self.lookup(batch.ids), batch.dense_BD)
+
+    def axes(self) -> dict[str, Axes]:
+        """What the places of each weight stand for, tables left out."""
+        found = within("tower", self.tower.axes())
+        for name, weight in self.named_parameters():
+            if name not in found and of_table(name) is None:
+                is_of_places = name.endswith(".place_PD")
+                first = [numbered("place", weight.shape[0])] if is_of_places else []
+                found[name] = (*first, *map(units, weight.shape[len(first) :]))
+        return found

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from .axes import Axes, Axis, Block, numbered, units, within
 from .experts import BatchedMLP
 from .gates import Gates
 
@@ -22,6 +23,10 @@ class SharedBottom(nn.Module):
     def forward(self, x_BI: torch.Tensor) -> torch.Tensor:
         return self.bottom(x_BI).expand(self.tasks, -1, -1)
 
+    def axes(self, tasks: Axis, inputs: Axis) -> dict[str, Axes]:
+        """What the places of each weight stand for, given what the tasks and inputs are; so with every class here."""
+        return within("bottom", self.bottom.axes(units(1), inputs))
+
 
 class MMoE(nn.Module):
     """Shared experts, a gate a task: y_k = h_k(sum_i g_k(x)_i f_i(x)) (Ma et al., KDD 2018, eq. 6)."""
@@ -33,6 +38,10 @@ class MMoE(nn.Module):
 
     def forward(self, x_BI: torch.Tensor) -> torch.Tensor:
         return self.gates(x_BI, self.experts(x_BI))
+
+    def axes(self, tasks: Axis, inputs: Axis) -> dict[str, Axes]:
+        experts = numbered("expert", self.gates.linear.bias_GO.shape[1])
+        return within("experts", self.experts.axes(experts, inputs)) | within("gates", self.gates.axes(tasks, inputs, experts))
 
 
 class ExtractionLevel(nn.Module):
@@ -62,6 +71,12 @@ class ExtractionLevel(nn.Module):
             return self.gates(x, self.experts(x))
         return self.gates(x[: self.gates.linear.weight_GIO.shape[0]], self.experts(x[self.owner_E]))
 
+    def axes(self, tasks: Axis, inputs: Axis) -> dict[str, Axes]:
+        groups, owners = (*tasks, Block("gate", "shared", 1)), self.owner_E.tolist()
+        experts = tuple(Block("expert", f"{owners[:e].count(owner)} of {groups[owner].name}", 1) for e, owner in enumerate(owners))
+        gates = groups[: self.gates.linear.bias_GO.shape[0]]
+        return within("experts", self.experts.axes(experts, inputs)) | within("gates", self.gates.axes(gates, inputs, experts))
+
 
 class PLE(nn.Module):
     """Progressive layered extraction: extraction levels stacked (Tang et al., RecSys 2020). One level is CGC."""
@@ -70,6 +85,7 @@ class PLE(nn.Module):
         self, tasks: int, inputs: int, *, experts: int, task_experts: int, levels: int, layers: Sequence[int], dropout: float = 0.0
     ) -> None:
         super().__init__()
+        self.width = layers[-1]
         self.levels = nn.ModuleList(
             ExtractionLevel(
                 tasks,
@@ -88,3 +104,11 @@ class PLE(nn.Module):
         for level in self.levels:
             x = level(x)
         return x
+
+    def axes(self, tasks: Axis, inputs: Axis) -> dict[str, Axes]:
+        found: dict[str, Axes] = {}
+        for number, level in enumerate(self.levels):
+            assert isinstance(level, ExtractionLevel)
+            found |= within(f"levels.{number}", level.axes(tasks, inputs))
+            inputs = units(self.width)
+        return found

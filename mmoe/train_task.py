@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, cast
 
@@ -24,13 +25,30 @@ class StepReport(NamedTuple):
     losses_L: torch.Tensor
     stop: bool
     """Whether any rank was asked to stop."""
+    bad_losses: tuple[str, ...]
+    """Names of the losses that are not finite, on all ranks. If there are any, nothing was learned from this step."""
+    row_B: torch.Tensor
+    """As in the batch."""
+    bad_B: torch.Tensor | None
+    """Rows of this rank with a loss that is not finite. None where all losses are."""
 
 
-def _sums_of_counted(loss_B: torch.Tensor, count_B: torch.Tensor, residual_scale_B: torch.Tensor) -> torch.Tensor:
-    """[3]: sums over rows, each as often as it counts: losses, counts, residual scales."""
-    # where, not a product alone: a row that does not count must not matter even if its loss overflows.
-    counted = [torch.where(count_B > 0, value_B, 0.0) * count_B for value_B in (loss_B, residual_scale_B)]
-    return torch.stack([counted[0].sum(), count_B.sum(), counted[1].sum()])
+class Counted(NamedTuple):
+    """One loss of each row, as often as the row counts. All shapes [B]."""
+
+    loss_B: torch.Tensor
+    count_B: torch.Tensor
+    residual_scale_B: torch.Tensor
+
+    @classmethod
+    def of(cls, loss_B: torch.Tensor, count_B: torch.Tensor, residual_scale_B: torch.Tensor) -> Counted:
+        # where, not a product alone: a row that does not count must not matter even if its loss overflows.
+        counted = [torch.where(count_B > 0, value_B, 0.0) * count_B for value_B in (loss_B, residual_scale_B)]
+        return cls(counted[0], count_B, counted[1])
+
+    def sums(self) -> torch.Tensor:
+        """[3]: of losses, counts, residual scales."""
+        return torch.stack([value_B.sum() for value_B in self])
 
 
 class Objective(nn.Module):
@@ -40,8 +58,8 @@ class Objective(nn.Module):
     hold different numbers of clicks. The last batch of an epoch may hold few rows: its loss is scaled by their share of a full
     batch, so that every row of an epoch weighs the same. Unscaled, 20 rows of a table's fresh ids can wreck calibration.
 
-    Raises:
-        FloatingPointError: a loss is not finite. Every rank raises it, before the backward pass touches a table.
+    Where a loss is not finite on any rank, the step is skipped on all of them: the loss to be differentiated depends on nothing, so
+    that no weight has a gradient, no optimizer does anything, and no head takes anything in.
     """
 
     def __init__(self, tasks: Sequence[Task], schema: Schema, retrieval: RetrievalSection | None) -> None:
@@ -57,17 +75,17 @@ class Objective(nn.Module):
     def _heads(self) -> Iterator[Head]:
         return cast(Iterator[Head], iter(self.heads))
 
-    def _sums(self, outputs: Outputs, batch: Batch) -> torch.Tensor:
-        """[L, 3]: of each loss, over this rank's rows: sum of losses, sum of counts, sum of residual scales."""
-        rows = [
-            _sums_of_counted(*head.loss(outputs.logits_BT, batch), head.residual_scale(outputs.logits_BT, batch)) for head in self._heads()
+    def _counted(self, outputs: Outputs, batch: Batch) -> list[Counted]:
+        """Each loss of this rank's rows."""
+        counted = [
+            Counted.of(*head.loss(outputs.logits_BT, batch), head.residual_scale(outputs.logits_BT, batch)) for head in self._heads()
         ]
         if outputs.affinity_B is not None:
             task = self.retrieval_task
             count_B = batch.weight_B * batch.known_BT[:, task]
             loss_B = F.binary_cross_entropy_with_logits(outputs.affinity_B, batch.labels_BT[:, task], reduction="none")
-            rows.append(_sums_of_counted(loss_B, count_B, torch.zeros_like(count_B)))
-        return torch.stack(rows)
+            counted.append(Counted.of(loss_B, count_B, torch.zeros_like(count_B)))
+        return counted
 
     def label_means(self, batch: Batch) -> torch.Tensor:
         """[T]: the logit that expects each label's mean over the known rows of all ranks. Collective."""
@@ -81,22 +99,23 @@ class Objective(nn.Module):
     def forward(self, outputs: Outputs, batch: Batch) -> tuple[torch.Tensor, StepReport | torch.Tensor]:
         if not self.training:
             return outputs.logits_BT.new_zeros(()), torch.stack([head.prediction(outputs.logits_BT) for head in self._heads()], dim=1)
-        local_L3 = self._sums(outputs, batch)
+        counted_L = self._counted(outputs, batch)
+        local_L3 = torch.stack([counted.sums() for counted in counted_L])
         others_13 = torch.stack([(batch.row_B >= 0).sum().to(local_L3), local_L3.new_tensor(self.stop_asked), local_L3.new_zeros(())])
         totals = sum_over_ranks(torch.cat([local_L3, others_13[None]]))
-        global_L3, num_rows, stop = totals[:-1], totals[-1, 0], bool(totals[-1, 1] > 0)
+        global_L3, num_rows = totals[:-1], totals[-1, 0]
         count_L = global_L3[:, 1].clamp(min=torch.finfo(torch.float32).tiny)
         losses_L = global_L3[:, 0] / count_L
-        if not bool(torch.isfinite(global_L3).all()):
-            bad = [name for name, sums in zip(self.loss_names, global_L3, strict=True) if not bool(torch.isfinite(sums).all())]
-            raise FloatingPointError(
-                f"the loss of {', '.join(bad)} is not finite; lower train.lr and train.embedding_lr, or check the data"
-            )
+        *sums_L, (_, stop, _) = totals.tolist()  # the one time that a GPU is waited for
+        bad = tuple(name for name, sums in zip(self.loss_names, sums_L, strict=True) if not all(map(math.isfinite, sums)))
+        if bad:
+            bad_B = torch.stack([~torch.isfinite(value_B) for counted in counted_L for value_B in counted]).any(0)
+            return losses_L.new_zeros((), requires_grad=True), StepReport(losses_L, stop > 0, bad, batch.row_B, bad_B)
         for head, (_, count, residual_scale) in zip(self._heads(), global_L3, strict=False):
             head.observe(residual_scale, count)
         loss = (self.balancer(losses_L) * local_L3[:, 0] / count_L).sum() * (num_rows / self.rows_of_full_batch)
         # Gradients are averaged over ranks, so this rank's part is scaled up by their number.
-        return loss * world_size(), StepReport(losses_L, stop)
+        return loss * world_size(), StepReport(losses_L, stop > 0, (), batch.row_B, None)
 
 
 class TrainTask(nn.Module):

@@ -94,11 +94,11 @@ class Reader:
         if saved["dtype"] != dtype_of(target):
             raise InputError(f"{self.folder}: {_other_dtype(name, saved['dtype'], dtype_of(target))}")
         for part in local_parts(target):
-            copied = sum(self._copy_overlap(source, part) for source in saved["parts"])
+            copied = sum(self.copy_overlap(source, part) for source in saved["parts"])
             assert copied == part.tensor.numel(), f"{name}: {copied} of {part.tensor.numel()} values are in the checkpoint"
 
-    def _copy_overlap(self, source: dict[str, Any], part: Part) -> int:
-        """Copy what a saved part and a held part have in common; returns the number of values."""
+    def copy_overlap(self, source: dict[str, Any], part: Part) -> int:
+        """Copy what a saved part and a held part of the same tensor have in common; returns the number of values."""
         source_ends = [o + s for o, s in zip(source["offsets"], source["sizes"], strict=True)]
         low = [max(a, b) for a, b in zip(source["offsets"], part.offsets, strict=True)]
         high = [min(a, b) for a, b in zip(source_ends, part.ends, strict=True)]

@@ -46,6 +46,8 @@ class CheckpointSection(Section):
     """Checkpoints to keep besides: of the best evaluations."""
     background: bool = True
     """Copy what is saved, and write it while training goes on. Needs memory for the copy; where that is short, training waits."""
+    start_from: str | None = None
+    """A run folder, or one of its `checkpoints/step_N`: a new run begins with what it has in common with that checkpoint."""
 
 
 class Saved(NamedTuple):
@@ -232,12 +234,17 @@ class Saver:
             entries = self.ranks.all_gather((entry, snapshot.bytes), self.group)
             text = joined([entry for entry, _ in entries], facts)
             self._together(lambda: commit(writing, folder, text) if is_first else None, folder)
-            self._together(lambda: prune(self.checkpoints, self.section.keep, best) if is_first else None, self.checkpoints)
+            self.prune(best)
         except InputError:
             if is_first:
                 shutil.rmtree(writing, ignore_errors=True)  # where the disk is full, it helps
             raise
         return sum(size for _, size in entries)
+
+    def prune(self, best: list[int]) -> None:
+        """Delete the checkpoints that are not to be kept, and what a kill left half written or half deleted. Collective."""
+        is_first = self.ranks.is_first
+        self._together(lambda: prune(self.checkpoints, self.section.keep, best) if is_first else None, self.checkpoints)
 
     def _together(self, work: Callable[[], T], path: Path) -> T:
         """What the work makes on this rank. If a file cannot be written on any rank, all raise InputError. Collective."""

@@ -79,7 +79,7 @@ def _is_flat(tensor: torch.Tensor) -> bool:
 
 
 def _memory(flat: torch.Tensor) -> memoryview:
-    return memoryview(flat.view(-1).view(torch.uint8).numpy())
+    return flat.view(-1).view(torch.uint8).numpy().data
 
 
 def _write(file: FileIO, content: memoryview) -> None:

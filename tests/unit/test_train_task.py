@@ -182,9 +182,25 @@ class TestObjective:
                 affinity_B[row] = value
             else:
                 logits_BT[row, ["ctr", "cvr", "dwell"].index(name)] = -value if name == "ctr" else value
-        with pytest.raises(FloatingPointError, match=f"^the loss of {', '.join(names)} is not finite; "):
-            objective(Outputs(logits_BT, affinity_B), batch)
+        logits_BT.requires_grad_(), affinity_B.requires_grad_()
+        loss, report = objective(Outputs(logits_BT, affinity_B), batch)
+        assert report.bad_losses == tuple(names)
+        assert torch.nonzero(report.bad_B).flatten().tolist() == [row] and torch.equal(report.row_B, batch.row_B)
+        loss.backward()
+        assert loss == 0 and logits_BT.grad is None and affinity_B.grad is None
         assert objective.heads[2].smearing_2.eq(0).all()
+
+    def test_finite_losses_whose_sum_is_not_blame_no_row(self):
+        objective, batch, outputs = objective_of(tasks_of()), random_batch(8, 1, torch.float32), random_outputs(8, 1, torch.float32)
+        batch.weight_B[:] = 1
+        logits_BT = outputs.logits_BT.detach().clone()
+        logits_BT[:, 0] = torch.where(batch.labels_BT[:, 0] > 0, -3e38, 3e38)
+        _, report = objective(Outputs(logits_BT, outputs.affinity_B), batch)
+        assert report.bad_losses == ("ctr",) and not report.bad_B.any()
+
+    def test_a_finite_step_blames_nobody(self):
+        _, report = objective_of(tasks_of())(random_outputs(8, 1), random_batch(8, 1))
+        assert report.bad_losses == () and report.bad_B is None
 
     def test_evaluation_predicts_and_learns_nothing(self):
         objective, batch, outputs = objective_of(tasks_of()), random_batch(6, 4), random_outputs(6, 4)

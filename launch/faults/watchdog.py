@@ -1,0 +1,198 @@
+"""A thread beside each rank that ends the run, with the rank and its stage, when nothing gets on any more."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch.distributed as dist
+
+from .places import is_in_collective, places_of_threads
+from .reasons import FAILURE, leave_reason
+from .stages import current_stage, last_progress
+from .stop import asked_at
+
+GRACE_AFTER_SIGTERM_S = 60.0
+"""Without progress for so long after it was asked to stop, a run will not come to save."""
+_MOST_SECONDS_BETWEEN_BEATS = 5.0
+_STORE_TIMEOUT = timedelta(seconds=5)
+_LISTED = 8
+
+
+class Report(NamedTuple):
+    """What a rank tells the others of itself."""
+
+    beat: int
+    seconds: float
+    """Since the last progress."""
+    stage: str
+    place: str
+    is_in_collective: bool
+    collectives: int
+    """How many this rank has entered: others wait for the one with the fewest."""
+    host: str
+    pid: int
+    parent: int
+    started: str
+    """When the process did, in the kernel's words: a pid may be given anew."""
+    has_ended: bool = False
+
+    def described(self, rank: int, seconds: float, is_silent: bool) -> str:
+        silent = "without a sign of life, last " if is_silent else ""
+        return f"rank {rank} hangs: {seconds:.0f} s {silent}in '{self.stage}'" + (f" ({self.place})" if self.place else "")
+
+
+class Seen(NamedTuple):
+    """A report, and when this rank first saw it, by its own clock."""
+
+    report: Report
+    at: float
+
+    def seconds(self, now: float) -> float:
+        return self.report.seconds + now - self.at
+
+
+def culprits(reports: Mapping[int, Report], silent: set[int]) -> list[int]:
+    """Whom the others wait for: who gives no sign of life, else who entered the fewest collectives, and of these who is in none now."""
+    if silent:
+        return sorted(silent)
+    fewest = min(report.collectives for report in reports.values())
+    behind = [rank for rank, report in reports.items() if report.collectives == fewest]
+    busy = [rank for rank in behind if not reports[rank].is_in_collective]
+    return sorted(busy or behind)
+
+
+def _start_and_parent(pid: int) -> tuple[str, int]:
+    """Of a process: when it started, and its parent. Raises OSError if there is none."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return fields[19], int(fields[1])
+
+
+def collectives_entered() -> int:
+    """By this rank, in all process groups."""
+    with contextlib.suppress(RuntimeError):  # groups come and go in another thread
+        groups: list[Any] = list(dist.distributed_c10d._world.pg_map)
+        return sum(group._get_sequence_number_for_group() for group in groups)
+    return 0
+
+
+class Watchdog:
+    """Watches this rank and, through a store, the others, while the context is open.
+
+    It ends the run when no rank has entered a stage for `timeout_s` seconds: a rank that waits for one that works is left alone.
+
+    Args:
+        store: of these ranks alone; not used where there is one rank.
+    """
+
+    def __init__(self, rank: int, world_size: int, store: dist.Store, timeout_s: float) -> None:
+        self.rank, self.others, self.timeout_s = rank, [other for other in range(world_size) if other != rank], timeout_s
+        self.seconds_between_beats = min(_MOST_SECONDS_BETWEEN_BEATS, timeout_s / 10)
+        # A client of its own: another thread's would be held by it while it waits.
+        self.store: dist.Store | None = dist.PrefixStore("watchdog", cast(Any, store).clone()) if self.others else None
+        if self.store is not None:
+            self.store.set_timeout(_STORE_TIMEOUT)
+        started, parent = _start_and_parent(os.getpid())
+        self.identity = {"host": socket.gethostname(), "pid": os.getpid(), "parent": parent, "started": started}
+        self.beat, self.floor = 0, time.monotonic()
+        self.seen: dict[int, Seen] = {}
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.over.set()
+        self.thread.join()
+
+    def _watch(self) -> None:
+        awake = time.monotonic()
+        self._publish(self._own(awake))
+        while not self.over.wait(seconds := min(self.seconds_between_beats, self._limit() / 10)):
+            now = time.monotonic()
+            if now - awake > 4 * seconds:
+                # This process itself, or the machine, stood still: nobody could get on.
+                self.floor, self.seen = now, {}
+            awake = now
+            own = self._own(now)
+            self._publish(own)
+            if own.seconds > 2 * seconds:
+                self._look(own, time.monotonic())
+        self._publish(self._own(time.monotonic())._replace(has_ended=True))
+
+    def _own(self, now: float) -> Report:
+        self.beat += 1
+        seconds = now - max(last_progress(), self.floor, asked_at() or 0.0)
+        where = places_of_threads() if seconds > self._limit() / 5 else ""
+        return Report(
+            self.beat, seconds, current_stage().text, where, is_in_collective(), collectives_entered(), **self.identity  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    def _publish(self, own: Report) -> None:
+        if self.store is not None:
+            try:
+                self.store.set(str(self.rank), json.dumps(own))
+            except RuntimeError:  # whoever kept it is gone; what is left to watch is this rank
+                self.store = None
+
+    def _read(self, now: float) -> None:
+        """Take in the other ranks' reports; those that never came are left out."""
+        if self.store is None:
+            self.seen = {}
+            return
+        try:
+            for rank in self.others:
+                if self.store.check([str(rank)]):
+                    report = Report(*json.loads(self.store.get(str(rank))))
+                    if rank not in self.seen or self.seen[rank].report.beat != report.beat:
+                        self.seen[rank] = Seen(report, now)
+        except RuntimeError:
+            self.store, self.seen = None, {}
+
+    def _limit(self) -> float:
+        return self.timeout_s if asked_at() is None else min(self.timeout_s, GRACE_AFTER_SIGTERM_S)
+
+    def _look(self, own: Report, now: float) -> None:
+        """End the run if no rank got on for too long."""
+        self._read(now)
+        limit = self._limit()
+        watched = {self.rank: Seen(own, now)} | {rank: seen for rank, seen in self.seen.items() if not seen.report.has_ended}
+        if all(seen.seconds(now) >= limit for seen in watched.values()):
+            silent_s = max(limit / 2, 3 * self.seconds_between_beats)  # others may not have been asked, and beat slower
+            silent = {rank for rank, seen in watched.items() if now - seen.at >= silent_s}
+            why = f"if that was work, raise train.timeout_s ({self.timeout_s:g})" if limit == self.timeout_s else "it was asked to stop"
+            self._end(watched, silent, now, why)
+
+    def _end(self, watched: Mapping[int, Seen], silent: set[int], now: float, why: str) -> None:
+        found = culprits({rank: seen.report for rank, seen in watched.items()}, silent)
+        described = [watched[rank].report.described(rank, watched[rank].seconds(now), rank in silent) for rank in found[:_LISTED]]
+        more = [f"and {len(found) - _LISTED} more"] if len(found) > _LISTED else []
+        try:
+            leave_reason("hang", "; ".join([*described, *more, why]))
+            for rank in silent:
+                self._kill(watched[rank].report)
+            if self.rank in found:
+                faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+        finally:
+            os._exit(FAILURE)
+
+    def _kill(self, report: Report) -> None:
+        """End a rank that cannot end itself, nor hear SIGTERM, if it is a child of the same torchrun."""
+        if (report.host, report.parent) != (self.identity["host"], self.identity["parent"]):
+            return
+        with contextlib.suppress(OSError):
+            if _start_and_parent(report.pid) == (report.started, report.parent):
+                os.kill(report.pid, signal.SIGKILL)

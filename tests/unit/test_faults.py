@@ -1,0 +1,184 @@
+"""Who hangs, why ranks ended, and how they meet, without processes."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+from triptych.launch.console import FAILURE_FILE
+from triptych.launch.faults import meeting
+from triptych.launch.faults.places import place_of, places_of_threads
+from triptych.launch.faults.reasons import RankFailure, end_if_final, leave_reason, reason_of
+from triptych.launch.faults.watchdog import Report, culprits
+from triptych.launch.follow import Followed
+
+
+def report(collectives: int, in_collective: bool) -> Report:
+    return Report(1, 60.0, "training", "", in_collective, collectives, "host", 1, 1, "1")
+
+
+WORLDS = st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=1, max_size=5)
+
+
+class TestCulprits:
+    @given(WORLDS, st.data())
+    def test_who_gives_no_sign_of_life_comes_first(self, world: list[tuple[int, bool]], data: st.DataObject) -> None:
+        reports = {rank: report(*facts) for rank, facts in enumerate(world)}
+        silent = data.draw(st.sets(st.sampled_from(sorted(reports)), min_size=1))
+        assert culprits(reports, silent) == sorted(silent)
+
+    @given(WORLDS)
+    def test_others_wait_for_who_entered_the_fewest_collectives(self, world: list[tuple[int, bool]]) -> None:
+        found = culprits({rank: report(*facts) for rank, facts in enumerate(world)}, set())
+        fewest = min(collectives for collectives, _ in world)
+        behind = [rank for rank, (collectives, _) in enumerate(world) if collectives == fewest]
+        busy = [rank for rank in behind if not world[rank][1]]
+        assert found == (busy if busy else behind)
+
+    def test_where_all_wait_in_the_same_collective_all_are_named(self) -> None:
+        assert culprits({0: report(7, True), 1: report(7, True)}, set()) == [0, 1]
+
+
+class TestReasons:
+    @pytest.fixture
+    def file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.setenv(FAILURE_FILE, str(tmp_path / "failure.json"))
+        return tmp_path / "failure.json"
+
+    def fail(self, monkeypatch: pytest.MonkeyPatch, attempt: int, kind: str, message: str, rank: int = 0) -> None:
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+        monkeypatch.setenv("RANK", str(rank))
+        leave_reason(kind, message)  # type: ignore[arg-type]
+
+    def test_of_an_attempt_the_first_counts(self, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fail(monkeypatch, 0, "failure", "disk\n is gone", rank=1)
+        self.fail(monkeypatch, 0, "failure", "peer is gone", rank=0)
+        found = reason_of(file, 0)
+        assert found is not None and str(found) == "rank 1 failed: disk is gone" and not found.is_final
+        assert reason_of(file, 1) is None
+
+    def test_an_error_that_comes_back_and_wrong_input_are_final(self, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        for attempt, (kind, message, is_final) in enumerate(
+            [("failure", "a", False), ("failure", "b", False), ("failure", "b", True), ("input", "c", True), ("hang", "d", False)]
+        ):
+            self.fail(monkeypatch, attempt, kind, message)
+            found = reason_of(file, attempt)
+            assert found is not None and found.is_final == is_final, (attempt, found)
+
+    def test_a_rank_of_a_new_attempt_goes_on_unless_the_last_reason_is_final(self, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        codes: list[int] = []
+        monkeypatch.setattr("os._exit", codes.append)
+        end_if_final()
+        self.fail(monkeypatch, 0, "failure", "a")
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        end_if_final()
+        assert codes == []
+        for attempt, (kind, code) in enumerate([("input", 2), ("stopped", 143)], 1):
+            self.fail(monkeypatch, attempt, kind, "b")
+            monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt + 1))
+            end_if_final()
+            assert codes.pop() == code
+            found = reason_of(file, attempt + 1)
+            assert found is not None and found.kind == kind, "the next attempt must find it too"
+            (file.parent / f"failure.json.{attempt + 1}").unlink()
+
+    def test_without_a_launcher_the_reason_goes_to_stderr(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.delenv(FAILURE_FILE, raising=False)
+        leave_reason("input", "no such file")
+        assert capsys.readouterr().err == "triptych: no such file\n"
+
+
+class TestRestartLines:
+    FAILED = "E1123 01:15:39 1470 torch/distributed/elastic/api.py:1002] failed (exitcode: {}) local_rank: {} (pid: 7) of binary: python\n"
+
+    def follow(self, tmp_path: Path, capsys: pytest.CaptureFixture[str], lines: list[str], restarts: int) -> str:
+        Followed(tmp_path / "failure.json", restarts).follow(lines)
+        return capsys.readouterr().out
+
+    def test_each_failed_attempt_but_the_last(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        lines = [
+            self.FAILED.format(-9, 1),
+            "[0]:resumed\n",
+            "[0]:" + self.FAILED.format(1, 0),
+            self.FAILED.format(1, 0),
+            self.FAILED.format(-9, 0),
+        ]
+        assert [line for line in self.follow(tmp_path, capsys, lines, 2).splitlines() if "restart " in line] == [
+            "rank 1 was killed by signal 9; restarting all ranks from the last checkpoint (restart 1 of 2)",
+            "a rank was lost; restarting all ranks from the last checkpoint (restart 2 of 2)",
+        ]
+
+    def test_none_if_a_restart_would_end_the_same_way(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv(FAILURE_FILE, str(tmp_path / "failure.json"))
+        leave_reason("input", "no such column")
+        assert self.follow(tmp_path, capsys, [self.FAILED.format(2, 0)], 3) == ""
+
+
+class TestMeeting:
+    def attempt(self, store: dist.Store, ranks: list[int], world_size: int, timeout_s: float = 20.0) -> list[dist.Store | str]:
+        deadline = time.monotonic() + timeout_s
+
+        def come(rank: int) -> dist.Store | str:
+            try:
+                if rank == 0:
+                    return meeting._call(store, world_size, deadline, timeout_s)
+                return meeting._answer(store, rank, deadline, timeout_s)
+            except RankFailure as error:
+                return str(error)
+
+        with ThreadPoolExecutor(len(ranks)) as threads:
+            return list(threads.map(come, ranks))
+
+    def test_what_earlier_attempts_left_in_the_store_does_no_harm(self) -> None:
+        store = dist.HashStore()
+        for number in range(4):
+            met = self.attempt(store, [2, 1, 0] if number % 2 else [0, 1, 2], 3)
+            for rank, own in enumerate(met):
+                assert isinstance(own, dist.Store) and not own.check([f"came/{rank}"]), (number, met)
+                own.set(f"came/{rank}", str(number))
+            assert all(isinstance(own, dist.Store) and own.check([f"came/{rank}" for rank in range(3)]) for own in met)
+            if number == 1:
+                assert self.attempt(store, [0, 2], 3, timeout_s=0.3) == [
+                    "of 3 ranks, 1 did not come within 0.3 s; their logs tell why",
+                    "some other ranks did not come within 0.3 s; their logs tell why",
+                ]
+            if number == 2:
+                assert "did not come within" in str(self.attempt(store, [1], 3, timeout_s=0.3)[0])
+
+
+def test_places_are_the_packages_own() -> None:
+    try:
+        meeting._answer(dist.HashStore(), 1, 0.0, 1.0)
+    except RankFailure as error:
+        assert place_of(error.__traceback__) is None, "the watching itself is no place"
+    try:
+        Followed(Path("/nowhere/failure.json"), 0).follow([1])  # type: ignore[list-item]
+    except TypeError as error:
+        assert (place_of(error.__traceback__) or "").startswith("launch/follow.py:")
+
+
+def test_threads_beside_the_main_one_are_shown(tmp_path: Path) -> None:
+    began, go_on = threading.Event(), threading.Event()
+
+    def lines():
+        began.set()
+        go_on.wait()
+        yield from ()
+
+    thread = threading.Thread(target=Followed(tmp_path / "failure.json", 0).follow, args=(lines(),), name="follower")
+    thread.start()
+    began.wait()
+    assert "follower: launch/follow.py:" in places_of_threads()
+    go_on.set()
+    thread.join()

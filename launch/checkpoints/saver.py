@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from pydantic import PositiveInt
@@ -27,7 +28,7 @@ from ..faults.stages import stage
 from .manifest import WRITING, commit, committed, joined, prune, step_name, sync
 from .parts import State, dtype_of, is_sharded, local_parts, shape_of
 from .reader import own_name
-from .tensor_file import write_tensors
+from .tensor_file import bytes_of, is_flat, write_tensors
 
 FILE_BYTES = 256 << 20
 """Of one file, unless a single row is larger: several are hashed at a time when they are read."""
@@ -205,14 +206,16 @@ class Saver:
 
     def _copied(self, snapshot: Snapshot) -> Snapshot:
         """The same values in memory that training does not touch; it is used again by the next copy."""
-        copies: dict[str, torch.Tensor] = {}
-        for key, tensor in snapshot.tensors.items():
-            held = self.staged.get(key)
-            if held is None or not _like(held, tensor):
-                held = _room_for(tensor)
-            copies[key] = held.copy_(tensor)
+        copies = {key: self._room(key, tensor) for key, tensor in snapshot.tensors.items()}
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # one copy is one thread's work
+            for _ in threads.map(lambda key: _copy(snapshot.tensors[key], copies[key]), copies):
+                pass
         self.staged = copies
         return Snapshot(copies, snapshot.entries)
+
+    def _room(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
+        held = self.staged.get(key)
+        return held if held is not None and _like(held, tensor) else _room_for(tensor)
 
     def _save(self, snapshot: Snapshot, facts: dict[str, Any], best: list[int], began: float) -> None:
         """Write and commit, or leave in `failure` what went wrong on any rank. Collective."""
@@ -272,6 +275,14 @@ def _make_anew(folder: Path) -> None:
 
 def _room_for(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+
+
+def _copy(tensor: torch.Tensor, copy: torch.Tensor) -> None:
+    if is_flat(tensor) and is_flat(copy):
+        # The C library's copy writes past the caches, as torch's does not: twice as fast.
+        np.copyto(bytes_of(copy).numpy(), bytes_of(tensor).numpy())
+    else:
+        copy.copy_(tensor)
 
 
 def _like(held: torch.Tensor | None, tensor: torch.Tensor) -> bool:

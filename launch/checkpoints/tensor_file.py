@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import math
+import mmap
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +23,8 @@ BLOCK_BYTES = 4 << 20
 READ_BYTES = 4 << 20
 """Of one block that is read, where a target does not take the values as they lie in the file."""
 MOST_BYTES_A_READ = 1 << 30
+_SECTOR = 4096
+"""Bytes, of which a write past the page cache takes whole numbers."""
 
 _DTYPES = {
     torch.float64: "F64",
@@ -47,45 +52,113 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> tuple[int,
     assert sys.byteorder == "little", "values are written in the machine's byte order"
     # Wide values first: every tensor then begins at a multiple of its item size, as readers that map the file want.
     ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
-    header, digest = _header(ordered), hashlib.sha256()
-    buffers = [torch.empty(BLOCK_BYTES, dtype=torch.uint8) for _ in range(2)]
-    at_work: list[list[Future[Any]]] = [[], []]
-    # A block is hashed while it is written, and the next one is copied meanwhile.
-    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as writing, ThreadPoolExecutor(1) as hashing:
-        file.write(header)
-        digest.update(header)
-        for number, block in enumerate(block for tensor in ordered.values() for block in _blocks(tensor.detach())):
-            for task in at_work[number % 2]:
-                task.result()
-            held = _content(block, buffers[number % 2])
-            at_work[number % 2] = [writing.submit(_write, file, held), hashing.submit(digest.update, held)]
-        for task in (*at_work[0], *at_work[1]):
+    scratch = torch.empty(BLOCK_BYTES, dtype=torch.uint8)
+    with _HashedFile(path) as file:
+        file.write(torch.frombuffer(bytearray(_header(ordered)), dtype=torch.uint8))
+        for tensor in ordered.values():
+            for block in _blocks(tensor.detach()):
+                file.write(bytes_of(block if is_flat(block) else _flat(block, scratch)))
+        return file.end()
+
+
+class _HashedFile:
+    """A file that is written from its beginning to its end and hashed on the way, past the page cache where the file system can do that.
+
+    The cache would cost the processor more than the hash does, and drive out what training reads.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self.file = FileIO(path, "wb", opener=_open_direct)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self.file = FileIO(path, "wb")
+        size = -(-BLOCK_BYTES // _SECTOR) * _SECTOR
+        self.buffers = [torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8) for _ in range(2)]  # memory begins at a page, as it must
+        self.at_work: list[list[Future[Any]]] = [[], []]
+        self.writing, self.hashing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self.digest, self.size, self.filled = hashlib.sha256(), 0, 0
+
+    def __enter__(self) -> _HashedFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.writing.shutdown()
+        self.hashing.shutdown()
+        self.file.close()
+
+    def write(self, content: torch.Tensor) -> None:
+        """Bytes, uint8."""
+        while len(content):
+            buffer = self.buffers[0]
+            taken = content[: len(buffer) - self.filled]
+            buffer[self.filled : self.filled + len(taken)] = taken
+            self.filled += len(taken)
+            content = content[len(taken) :]
+            if self.filled == len(buffer):
+                self._hand_over()
+
+    def end(self) -> tuple[int, str]:
+        """The file's size, and its SHA-256."""
+        self._hand_over()
+        self._wait(0)
+        self._wait(1)
+        os.ftruncate(self.file.fileno(), self.size)
+        return self.size, self.digest.hexdigest()
+
+    def _hand_over(self) -> None:
+        """Write and hash what the first buffer holds, and fill the other one meanwhile."""
+        held, whole_sectors = self.buffers[0][: self.filled], -(-self.filled // _SECTOR) * _SECTOR
+        self.at_work[0] = [
+            self.writing.submit(_write, self.file, self.buffers[0][:whole_sectors].numpy().data),
+            self.hashing.submit(self.digest.update, held.numpy().data),
+        ]
+        self.size, self.filled = self.size + self.filled, 0
+        self.buffers.reverse()
+        self.at_work.reverse()
+        self._wait(0)
+
+    def _wait(self, buffer: int) -> None:
+        for task in self.at_work[buffer]:
             task.result()
-        return file.tell(), digest.hexdigest()
 
 
-def _content(block: torch.Tensor, buffer: torch.Tensor) -> memoryview:
-    """The block's values as they go into the file; copied into the buffer if they lie otherwise."""
-    if _is_flat(block):
-        return _memory(block)
-    held = buffer[: block.nbytes].view(block.dtype)
-    held.view(block.shape).copy_(block)
-    return _memory(held)
-
-
-def _is_flat(tensor: torch.Tensor) -> bool:
-    """Its values lie in memory as they do in a file. A tensor of one value may be contiguous with any stride."""
-    return tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.view(-1).stride() == (1,)
-
-
-def _memory(flat: torch.Tensor) -> memoryview:
-    return flat.view(-1).view(torch.uint8).numpy().data
+def _open_direct(name: str, flags: int) -> int:
+    return os.open(name, flags | os.O_DIRECT, 0o666)
 
 
 def _write(file: FileIO, content: memoryview) -> None:
     """All of it: one call writes less where the disk fills up or a signal comes."""
     while content:
-        content = content[file.write(content) :]
+        try:
+            content = content[file.write(content) :]
+        except OSError as error:
+            if error.errno != errno.EINVAL or not leave_direct(file):
+                raise
+
+
+def leave_direct(file: FileIO) -> bool:
+    """Go on through the page cache, which takes what does not begin or end at a sector; False if that is so already."""
+    flags = fcntl.fcntl(file, fcntl.F_GETFL)
+    fcntl.fcntl(file, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+    return bool(flags & os.O_DIRECT)
+
+
+def is_flat(tensor: torch.Tensor) -> bool:
+    """Its values lie in memory as they do in a file. A tensor of one value may be contiguous with any stride."""
+    return tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.view(-1).stride() == (1,)
+
+
+def _flat(block: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
+    held = scratch[: block.nbytes].view(block.dtype)
+    held.view(block.shape).copy_(block)
+    return held
+
+
+def bytes_of(flat: torch.Tensor) -> torch.Tensor:
+    """uint8, sharing the memory of a flat tensor."""
+    return flat.view(-1).view(torch.uint8)
 
 
 def _header(tensors: Mapping[str, torch.Tensor]) -> bytes:
@@ -145,7 +218,7 @@ def read_region(path: Path, name: str, offsets: Sequence[int], target: torch.Ten
             target, place, offsets = target.view(1), place._replace(shape=(1,)), (0,)
         row_bytes = math.prod(place.shape[1:]) * target.element_size()
         first_byte = place.begin + offsets[0] * row_bytes
-        if target.shape[1:] == place.shape[1:] and _is_flat(target):
+        if target.shape[1:] == place.shape[1:] and is_flat(target):
             _read(file, first_byte, target)
             return
         columns = tuple(slice(begin, begin + size) for begin, size in zip(offsets[1:], target.shape[1:], strict=True))
@@ -160,7 +233,7 @@ def read_region(path: Path, name: str, offsets: Sequence[int], target: torch.Ten
 
 def _read(file: FileIO, begin: int, target: torch.Tensor) -> None:
     """The bytes of a file from `begin` on become the values of a flat tensor."""
-    free = _memory(target)
+    free = bytes_of(target).numpy().data
     while free:
         read = os.preadv(file.fileno(), [free[:MOST_BYTES_A_READ]], begin)
         if read == 0:

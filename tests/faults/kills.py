@@ -165,7 +165,8 @@ def _new_name(source: Any, target: Any, *more: Any) -> str:
 
 def _half_text(path: Path, content: str) -> None:
     with path.open("w", encoding="utf-8") as file:
-        file.write(content[: len(content) // 2])
+        tensor_file.leave_direct(file)
+    file.write(content[: len(content) // 2])
 
 
 def _half_record(records: Records, record: dict[str, Any]) -> None:
@@ -175,4 +176,5 @@ def _half_record(records: Records, record: dict[str, Any]) -> None:
 
 
 def _half_block(file: Any, content: memoryview) -> None:
+    tensor_file.leave_direct(file)
     file.write(content[: len(content) // 2])

@@ -1,6 +1,6 @@
 # make demo     everything once, from nothing: set-up, data, training on two ranks, evaluation, export, search
 # make test     set-up and the tests            make lint    format, lint and types
-# make test-long  the campaigns too             make bench   reading and dynamic ids, as ratios
+# make test-long  the campaigns too             make bench   reading, dynamic ids, checkpoints, as ratios
 # make install  set-up alone; DEVICE=cuda on a GPU machine
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-long bench lint format clean
@@ -51,6 +51,7 @@ test-long: install
 bench: install
 	$(BIN)/python -m tests.benchmarks.reading
 	$(BIN)/python -m tests.benchmarks.dynamic
+	$(BIN)/python -m tests.benchmarks.checkpoints
 
 lint: install
 	$(BIN)/ruff format --check .

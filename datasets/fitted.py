@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .durable import replace_text, sync, take_place
 from .parquet.layout import ColumnTypes
 from .schema import Feature, InputError, Schema, TableIds
 
@@ -140,11 +141,10 @@ class Fitted:
             table = pa.table({"code": vocabulary.code_V, "count": vocabulary.count_V})
             beside = out / f"vocabulary_{name}.parquet.writing"
             pq.write_table(table, beside, compression="zstd", write_page_checksum=True)
-            beside.replace(beside.with_suffix(""))
+            take_place(beside, beside.with_suffix(""))
         types = {column: list(found) for column, found in self.types.families.items()}
-        beside = out / f"{_STATISTICS}.writing"
-        beside.write_text(json.dumps(self._statistics() | {"types": types}, indent=1) + "\n", encoding="utf-8")
-        beside.replace(out / _STATISTICS)
+        replace_text(out / _STATISTICS, json.dumps(self._statistics() | {"types": types}, indent=1) + "\n")
+        sync(folder)
 
     @classmethod
     def load(cls, folder: Path, schema: Schema) -> Fitted:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..datasets.schema import InputError
 from ..mmoe.heads import Task
 from .sections import BETTER_WHEN_LARGE, TrainSection
 
@@ -40,7 +41,14 @@ class Evaluations:
         return len(steps) - 1 - steps.index(self.best_steps(1)[0]) if steps else 0
 
     def state(self) -> dict[str, Any]:
-        return {"values": list(self.values), "best": self.best}
+        return {"monitor": f"{self.task}.{self.metric}", "values": list(self.values), "best": self.best}
 
     def load(self, state: Mapping[str, Any]) -> None:
+        """
+        Raises:
+            InputError: they were compared by another metric.
+        """
+        now = f"{self.task}.{self.metric}"
+        if state["values"] and state["monitor"] != now:
+            raise InputError(f"'train.monitor' was {state['monitor']}, and is {now} now; set it back, or start another run")
         self.values, self.best = [(step, value) for step, value in state["values"]], state["best"]

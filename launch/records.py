@@ -16,11 +16,16 @@ class Records:
 
     Args:
         from_step: lines of later steps are dropped: they belong to work that a resumed run does again.
+        evaluates_again: so does the evaluation of that very step.
     """
 
-    def __init__(self, run: Path, from_step: int) -> None:
+    def __init__(self, run: Path, from_step: int, *, evaluates_again: bool = False) -> None:
         self.path = run / "metrics.jsonl"
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= from_step] if from_step else []
+        kept = []
+        for line in self._lines() if from_step else ():
+            record = json.loads(line)
+            if record["step"] < from_step or (record["step"] == from_step and not (evaluates_again and "split" in record)):
+                kept.append(line)
         write_text(self.path, "".join(line + "\n" for line in kept))
         with written(run / "tensorboard"):
             self.board = SummaryWriter(str(run / "tensorboard"), purge_step=from_step + 1)

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from ..datasets.durable import sync
 from ..datasets.fitted import Fitted
 from ..datasets.schema import InputError
 from .build import Built, build, load_model
@@ -31,6 +32,8 @@ def claim(run: Path, *, resume: bool) -> None:
         raise InputError(f"{run} already holds a trained run; add --resume to go on with it, or choose another --run")
     try:
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        sync(run)
+        sync(run.absolute().parent)
     except OSError as error:
         raise InputError(f"{run}: cannot make the run folder ({error.strerror})") from error
     if not os.access(run, os.W_OK):

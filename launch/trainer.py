@@ -86,9 +86,10 @@ class Trainer:
         self.progress = ProgressLines("train", ranks.is_first)
         if ranks.is_first:
             save_recipe(recipe, run / "recipe.toml")
-            self.fitted.save(run)
+            if not goes_on:
+                self.fitted.save(run)
             write_json(run / "plan.json", self.built.plan.described())
-            self.records = Records(run, self.step)
+            self.records = Records(run, self.step, evaluates_again=self.evaluation_due)
 
     @property
     def finished(self) -> bool:
@@ -105,18 +106,23 @@ class Trainer:
             say(f"train.warmup_steps = {self.section.warmup_steps} is longer than the training of {self._total_steps()} steps")
         while not self.finished:
             if not self.evaluation_due:
-                self.evaluation_due = self._train_until_evaluation()
-            if self.evaluation_due and not self.stopping:  # else there may be no time for it: a run that goes on begins with it
-                if self.valid is not None:
-                    self._evaluate()
+                self.evaluation_due = self._train_until_evaluation() and self.valid is not None
+                self._save()
+            if self.evaluation_due and not self._is_to_stop():
+                self._evaluate()
                 self.evaluation_due = False
-            self._save()
-            if self.stopping and not self.finished:
+                self.saver.amend(self.step, self._facts(), self._best_steps())
+            if self._is_to_stop() and not self.finished:
                 self._commit()
                 return False
         self._commit()
         self._finish()
         return True
+
+    def _is_to_stop(self) -> bool:
+        """Whether any rank was asked to, or cannot save. Collective."""
+        self.stopping = any(self.ranks.all_gather(self.stopping or self.stop.asked or self.saver.failed))
+        return self.stopping
 
     def _total_steps(self) -> int:
         later_epochs = self.section.epochs - self.position.epoch - 1
@@ -181,6 +187,7 @@ class Trainer:
     def _log(self, losses_L: torch.Tensor, epoch: int, total: int, rows_per_second: float) -> None:
         if not self.ranks.is_first:
             return
+        self._record_saved()
         values = (loss if math.isfinite(loss) else None for loss in losses_L.tolist())
         losses = dict(zip(self.built.task.objective.loss_names, values, strict=True))
         note = ", ".join(f"{name} {'n/a' if loss is None else format(loss, '.4f')}" for name, loss in losses.items())

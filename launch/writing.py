@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..datasets.durable import replace_text
 from ..datasets.schema import InputError
 
 
@@ -31,10 +31,8 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         InputError: it cannot be written.
     """
-    beside = path.with_name(path.name + ".writing")
     with written(path):
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
+        replace_text(path, text)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,9 @@ from ...datasets.schema import Schema
 from ..tables import EmbeddingTable
 from .exchange import DynamicIds
 from .slot_map import Counters, RowShard
+
+_BACKSTOP = timedelta(days=1)
+"""Of one exchange: it waits as long as training does, and who ends that is not decided here."""
 
 
 def dynamic_tables(tables: Sequence[EmbeddingTable]) -> list[EmbeddingTable]:
@@ -30,7 +34,7 @@ class DynamicBatches:
     def __init__(self, tables: Sequence[EmbeddingTable], schema: Schema, rank: int, world_size: int) -> None:
         dynamic = dynamic_tables(tables)
         # A group of its own, as its messages must not mix with those of training.
-        group = dist.new_group(backend="gloo") if world_size > 1 else None
+        group = dist.new_group(backend="gloo", timeout=_BACKSTOP) if world_size > 1 else None
         self.ids = DynamicIds(dynamic, rank, world_size, group)
         self.features = {table.name: [f.name for f in schema.features if f.table == table.name] for table in dynamic}
         self._ahead: deque[torch.Tensor] = deque()

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...datasets.durable import replace_text, sync
 from ...datasets.schema import InputError
 
 MANIFEST = "manifest.json"
 FORMAT = 2
 WRITING, DELETING, DAMAGED = ".writing", ".deleting", ".damaged"
 """Ends of the names of what is no checkpoint yet, no more, or no whole one."""
+
+
+class Damaged(InputError):
+    """A checkpoint is not what was committed."""
 
 
 def joined(entries: Iterable[dict[str, Any]], facts: dict[str, Any]) -> str:
@@ -36,7 +40,10 @@ def joined(entries: Iterable[dict[str, Any]], facts: dict[str, Any]) -> str:
         for name, tensor in entry["tensors"].items():
             whole = tensors.setdefault(name, {**tensor, "parts": []})
             whole["parts"] += tensor["parts"]
-    content = {"format": FORMAT, **facts, "files": files, "tensors": tensors}
+    return signed({"format": FORMAT, **facts, "files": files, "tensors": tensors})
+
+
+def signed(content: dict[str, Any]) -> str:
     return json.dumps({**content, "sha256": _digest(content)})
 
 
@@ -47,23 +54,28 @@ def _digest(content: dict[str, Any]) -> str:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """
     Raises:
-        InputError: it is missing, damaged, of another step than its folder's name, or of another format.
+        Damaged: it is missing or damaged, or of another step than its folder's name.
+        InputError: it cannot be read, or is of another format.
     """
     path = folder / MANIFEST
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode()
         content = dict(json.loads(text))
         # Some bits can flip without changing what is parsed: the case of an exponent's `e`, or of a hex digit in an escape.
         is_whole = text == json.dumps(content) and content.pop("sha256") == _digest(content)
         step, version = content["step"], content["format"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: not a readable manifest ({error})") from error
+    except FileNotFoundError as error:
+        raise Damaged(f"{path}: missing") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Damaged(f"{path}: not a readable manifest ({error})") from error
     if not is_whole:
-        raise InputError(f"{path}: damaged (its SHA-256 differs from its content)")
+        raise Damaged(f"{path}: damaged (its SHA-256 differs from its content)")
     if version != FORMAT:
         raise InputError(f"{folder}: checkpoint format {version}; this version reads {FORMAT}")
     if folder.name != step_name(step):
-        raise InputError(f"{path}: is of step {step}; the folder was renamed")
+        raise Damaged(f"{path}: is of step {step}; the folder was renamed")
     return content
 
 
@@ -93,6 +105,11 @@ def commit(writing: Path, folder: Path, manifest: str) -> None:
     sync(folder.parent)
 
 
+def amend(folder: Path, facts: dict[str, Any]) -> None:
+    """Replace facts of a committed checkpoint, and nothing else."""
+    replace_text(folder / MANIFEST, signed(read_manifest(folder) | facts))
+
+
 def prune(checkpoints: Path, keep: int, best: Sequence[int]) -> None:
     """Delete all but the newest `keep` checkpoints and those of the `best` steps, and what was never finished."""
     for path in committed(checkpoints)[:-keep]:
@@ -109,11 +126,3 @@ def delete(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
     shutil.rmtree(doomed)
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

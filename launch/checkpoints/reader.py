@@ -17,7 +17,7 @@ import torch.distributed as dist
 from ...datasets.schema import InputError
 from ...embeddings.tables import PREFIX
 from ..faults.stages import stage
-from .manifest import DAMAGED, committed, read_manifest
+from .manifest import DAMAGED, Damaged, committed, read_manifest
 from .parts import Part, Value, dtype_of, local_parts, shape_of
 from .tensor_file import read_region
 
@@ -29,39 +29,42 @@ class Reader:
     """A committed checkpoint, verified. Collective.
 
     Raises:
-        InputError: a file is missing or damaged; names it.
+        Damaged: a file is missing or damaged; names it.
+        InputError: one cannot be read, or is of another format.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest: dict[str, Any] = {}
         stage(f"verifying {folder}")
-        damage: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(damage, self._damage())
-        for problem in damage:
-            if problem is not None:
-                raise InputError(problem)
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, self._problem())
+        problems = [problem for problem in found if problem is not None]
+        # What a rank cannot read is no damage: its node may lack the storage.
+        for problem in sorted(problems, key=lambda problem: isinstance(problem, Damaged)):
+            raise problem
 
-    def _damage(self) -> str | None:
+    def _problem(self) -> InputError | None:
         """What is wrong with the manifest, or with this rank's share of the files."""
         try:
             self.manifest = read_manifest(self.folder)
         except InputError as error:
-            return str(error)
+            return type(error)(str(error))
         rank, world_size = dist.get_rank(), dist.get_world_size()
         names = sorted(self.manifest["files"])[rank::world_size]
         with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // world_size)) as threads:
-            return next((problem for problem in threads.map(self._problem, names) if problem), None)
+            return next((problem for problem in threads.map(self._problem_of, names) if problem), None)
 
-    def _problem(self, name: str) -> str | None:
+    def _problem_of(self, name: str) -> InputError | None:
         path, expected = self.folder / name, self.manifest["files"][name]
-        if not path.is_file():
-            return f"{path}: missing from the checkpoint"
+        stage(f"verifying {path}")
         try:
             if path.stat().st_size != expected["size"] or _digest(path) != expected["sha256"]:
-                return f"{path}: damaged (size or SHA-256 differs from the manifest)"
+                return Damaged(f"{path}: damaged (size or SHA-256 differs from the manifest)")
+        except FileNotFoundError:
+            return Damaged(f"{path}: missing from the checkpoint")
         except OSError as error:
-            return f"{path}: cannot be read ({error.strerror})"
+            return InputError(f"{path}: cannot be read ({error.strerror})")
         return None
 
     def names(self) -> set[str]:
@@ -121,20 +124,26 @@ def own_name(name: str) -> str:
 
 
 def open_newest(checkpoints: Path) -> Iterator[Reader]:
-    """Committed checkpoints, newest first; a damaged one is named, set aside as `step_N.damaged`, and passed over. Collective."""
+    """Committed checkpoints, newest first; a damaged one is named, set aside as `step_N.damaged`, and passed over. Collective.
+
+    Raises:
+        InputError: one cannot be read, though it may be whole; or there were some, and none is whole.
+    """
     # One list for all: a rank that lists later would miss what the first has already set aside.
-    found: list[Any] = [[folder.name for folder in reversed(committed(checkpoints))]]
+    found: list[Any] = [[folder.name for folder in reversed(committed(checkpoints))], any(checkpoints.glob(f"step_*{DAMAGED}"))]
     dist.broadcast_object_list(found)
     for folder in (checkpoints / name for name in found[0]):
         try:
             yield Reader(folder)
-        except InputError as error:
+        except Damaged as error:
             if dist.get_rank() == 0:
                 print(f"warning: {error}; set aside, trying the checkpoint before it", flush=True)
                 aside = folder.with_name(folder.name + DAMAGED)
                 shutil.rmtree(aside, ignore_errors=True)
                 folder.rename(aside)
             dist.barrier()
+    if any(found):
+        raise InputError(f"{checkpoints}: no checkpoint in it is whole; restore one, or start another run")
 
 
 def _digest(path: Path) -> str:

@@ -21,11 +21,13 @@ import torch
 import torch.distributed as dist
 from pydantic import PositiveInt
 
+from ...datasets.durable import sync
 from ...datasets.schema import InputError, Section
 from ...embeddings.memory import free_host_memory
-from ..distributed import Ranks
+from ..distributed import BACKSTOP, Ranks
+from ..faults.reasons import RankFailure
 from ..faults.stages import stage
-from .manifest import WRITING, commit, committed, joined, prune, step_name, sync
+from .manifest import WRITING, amend, commit, committed, joined, prune, step_name
 from .parts import State, dtype_of, is_sharded, local_parts, shape_of
 from .reader import own_name
 from .tensor_file import bytes_of, is_flat, write_tensors
@@ -103,7 +105,7 @@ class Snapshot(NamedTuple):
                 name = f"rank_{rank}.{number}.safetensors"
                 stage(f"writing {folder / name}")
                 size, digest = write_tensors(folder / name, tensors)
-                synced.append(syncing.submit(sync, folder / name))
+                synced.append(syncing.submit(_sync, folder / name))
                 facts[name] = {"size": size, "sha256": digest}
                 file_of |= dict.fromkeys(tensors, name)
             for task in synced:
@@ -125,11 +127,10 @@ class Saver:
     def __init__(self, checkpoints: Path, section: CheckpointSection, ranks: Ranks) -> None:
         self.checkpoints, self.section, self.ranks = checkpoints, section, ranks
         # A group of its own, as its messages must not mix with those of training.
-        self.group = dist.new_group(backend="gloo") if section.background and ranks.world_size > 1 else None
+        self.group = dist.new_group(backend="gloo", timeout=BACKSTOP) if section.background and ranks.world_size > 1 else None
         self.staged: dict[str, torch.Tensor] = {}
         self.thread: threading.Thread | None = None
         self.failure: Exception | None = None
-        self.stalled_s = 0.0
         self.finished: list[Saved] = []
 
     def save(self, step: int, state: State, own: Mapping[str, torch.Tensor], facts: dict[str, Any], best: list[int] | None = None) -> None:
@@ -143,22 +144,29 @@ class Saver:
         Raises:
             InputError: it cannot be written; names the path. What was committed before is whole.
         """
-        began = time.monotonic()
+        asked = time.monotonic()
         self.wait()
         snapshot, facts = Snapshot.of(state, own), {"step": step, **facts}
-        in_background = self.section.background and self._has_room(snapshot.tensors)
-        if in_background:
+        if self.section.background and self._has_room(snapshot.tensors):
             stage(f"copying what step {step} saves")
             snapshot = self._copied(snapshot)
-        work = threading.Thread(target=self._save, args=(snapshot, facts, best or [], began), name="saver", daemon=True)
-        if in_background:
-            self.thread = work
-            work.start()
-            self.stalled_s = time.monotonic() - began
+            stalled_s = time.monotonic() - asked
+            self.thread = threading.Thread(target=self._save, args=(snapshot, facts, best or [], stalled_s), name="saver", daemon=True)
+            self.thread.start()
             return
-        self.stalled_s = 0.0
-        self._save(snapshot, facts, best or [], began)
+        self._save(snapshot, facts, best or [], None, asked)
         self._raise()
+
+    def amend(self, step: int, facts: dict[str, Any], best: list[int]) -> None:
+        """Replace facts of the newest checkpoint, which is of this very step. Collective.
+
+        Raises:
+            InputError: as save.
+        """
+        self.wait()
+        folder = self.checkpoints / step_name(step)
+        self._together(lambda: amend(folder, facts) if self.ranks.is_first else None, folder)
+        self.prune(best)
 
     def prepare(self, state: State) -> None:
         """Make room for copies of a state, in the background: at the first `save` it would take longer than the copy. Collective."""
@@ -217,14 +225,22 @@ class Saver:
         held = self.staged.get(key)
         return held if held is not None and _like(held, tensor) else _room_for(tensor)
 
-    def _save(self, snapshot: Snapshot, facts: dict[str, Any], best: list[int], began: float) -> None:
-        """Write and commit, or leave in `failure` what went wrong on any rank. Collective."""
+    def _save(
+        self, snapshot: Snapshot, facts: dict[str, Any], best: list[int], stalled_s: float | None, asked: float | None = None
+    ) -> None:
+        """Write and commit, or leave in `failure` what went wrong on any rank. Collective.
+
+        Args:
+            stalled_s: how long training stood still for it; None if it still does, since `asked`.
+        """
+        began = time.monotonic()
         try:
             size = self._write_and_commit(snapshot, facts, best)
         except Exception as error:
             self.failure = error
-        else:
-            self.finished.append(Saved(facts["step"], size, self.stalled_s, time.monotonic() - began))
+            return
+        now = time.monotonic()
+        self.finished.append(Saved(facts["step"], size, now - (asked or now) if stalled_s is None else stalled_s, now - began))
 
     def _write_and_commit(self, snapshot: Snapshot, facts: dict[str, Any], best: list[int]) -> int:
         """Returns the bytes of all ranks."""
@@ -238,7 +254,7 @@ class Saver:
             text = joined([entry for entry, _ in entries], facts)
             self._together(lambda: commit(writing, folder, text) if is_first else None, folder)
             self.prune(best)
-        except InputError:
+        except (InputError, RankFailure):
             if is_first:
                 shutil.rmtree(writing, ignore_errors=True)  # where the disk is full, it helps
             raise
@@ -251,14 +267,17 @@ class Saver:
 
     def _together(self, work: Callable[[], T], path: Path) -> T:
         """What the work makes on this rank. If a file cannot be written on any rank, all raise InputError. Collective."""
-        made, failure = None, None
+        made: T | None = None
+        failure: Exception | None = None
         try:
             made = work()
         except OSError as error:
-            failure = f"{error.filename or path}: cannot write the checkpoint ({error.strerror or error})"
+            failure = InputError(f"{error.filename or path}: cannot write the checkpoint ({error.strerror or error})")
+        except Exception as error:  # the others wait to hear of it
+            failure = RankFailure(f"{path}: cannot write the checkpoint ({type(error).__name__}: {error})")
         for found in self.ranks.all_gather(failure, self.group):
             if found is not None:
-                raise InputError(f"{found}; {self._what_is_left()}")
+                raise type(found)(f"{found}; {self._what_is_left()}")
         return cast(T, made)
 
     def _what_is_left(self) -> str:
@@ -266,6 +285,11 @@ class Saver:
         if not found:
             return "no checkpoint was committed before; mend this and start again"
         return f"{found[-1].name} is whole; mend this and go on with --resume"
+
+
+def _sync(path: Path) -> None:
+    stage(f"syncing {path}")
+    sync(path)
 
 
 def _make_anew(folder: Path) -> None:

@@ -8,15 +8,12 @@ from typing import NamedTuple
 
 
 class Stage(NamedTuple):
-    """number: how many stages there were before, so that it grows as long as the process gets on."""
-
-    number: int
     text: str
     since: float
     """time.monotonic() of its begin."""
 
 
-_current = Stage(0, "starting", time.monotonic())
+_current = Stage("starting", time.monotonic())
 _beside = 0.0
 
 
@@ -24,7 +21,7 @@ def stage(text: str) -> None:
     """Enter the next stage. The same text again means that there was progress. Threads beside training enter none: they show life."""
     global _current, _beside
     if threading.current_thread() is threading.main_thread():
-        _current = Stage(_current.number + 1, text, time.monotonic())
+        _current = Stage(text, time.monotonic())
     else:
         _beside = time.monotonic()
 

@@ -165,8 +165,7 @@ def _new_name(source: Any, target: Any, *more: Any) -> str:
 
 def _half_text(path: Path, content: str) -> None:
     with path.open("w", encoding="utf-8") as file:
-        tensor_file.leave_direct(file)
-    file.write(content[: len(content) // 2])
+        file.write(content[: len(content) // 2])
 
 
 def _half_record(records: Records, record: dict[str, Any]) -> None:

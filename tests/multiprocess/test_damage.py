@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
 from collections import Counter
@@ -14,7 +15,7 @@ import pytest
 from tests.ranks import run_on_ranks
 from tests.small import write_log
 from triptych.datasets.schema import InputError
-from triptych.launch.checkpoints.manifest import MANIFEST, committed
+from triptych.launch.checkpoints.manifest import MANIFEST, committed, signed
 from triptych.launch.checkpoints.reader import Reader, open_newest
 from triptych.launch.config import load_recipe
 from triptych.launch.distributed import Ranks
@@ -144,10 +145,13 @@ def open_malicious(ranks: Ranks, checkpoints: Path, scratch: Path) -> list[str]:
         run = scratch / name / "checkpoints"
         shutil.copytree(newest, run / newest.name)
         (run / newest.name / name).write_bytes(poison)
-        reader = next(open_newest(run), None)
-        if reader is not None:
+        try:
+            reader = next(open_newest(run))
             assert {tensor: reader.read(tensor) for tensor in reader.names()}
-        found.append("opened" if reader else "refused")
+            found.append("opened")
+        except InputError as error:
+            assert "no checkpoint in it is whole" in str(error)
+            found.append("refused")
     return found
 
 
@@ -171,3 +175,36 @@ def rename_steps(ranks: Ranks, checkpoints: Path, scratch: Path) -> str:
 def test_a_checkpoint_of_another_step_is_refused(checkpoints: Path, tmp_path: Path) -> None:
     older = committed(checkpoints)[-2]
     assert f"is of step {older.name.removeprefix('step_')}" in run_on_ranks(1, rename_steps, checkpoints, tmp_path)[0]
+
+
+def open_what_cannot_be_read(ranks: Ranks, checkpoints: Path, scratch: Path) -> list[str]:
+    """What resuming says of a checkpoint in another format, of one that cannot be read, and of a run that has none that is whole."""
+    newest = committed(checkpoints)[-1]
+    said = []
+    for kind in ("format", "unreadable", "gone", "gone"):
+        run = scratch / kind / "checkpoints"
+        if not run.exists():
+            shutil.copytree(newest, run / newest.name)
+            path = run / newest.name / MANIFEST
+            if kind == "format":
+                content = json.loads(path.read_text())
+                del content["sha256"]
+                path.write_text(signed(content | {"format": 99}))
+            elif kind == "unreadable":
+                file = run / newest.name / "rank_1.0.safetensors"
+                file.unlink()
+                file.symlink_to(file)  # a loop, as root may read anything else
+            else:
+                path.write_text("{}")
+        with pytest.raises(InputError) as error:
+            next(open_newest(run))
+        said.append(str(error.value))
+        assert (run / newest.name).exists() == (kind != "gone")
+    return said
+
+
+def test_only_damage_is_set_aside_and_a_run_never_begins_anew_over_it(checkpoints: Path, tmp_path: Path) -> None:
+    said = run_on_ranks(1, open_what_cannot_be_read, checkpoints, tmp_path)[0]
+    assert "checkpoint format 99; this version reads" in said[0]
+    assert "cannot be read" in said[1]
+    assert all("no checkpoint in it is whole; restore one, or start another run" in line for line in said[2:])

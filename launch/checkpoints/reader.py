@@ -52,7 +52,7 @@ class Reader:
             return type(error)(str(error))
         rank, world_size = dist.get_rank(), dist.get_world_size()
         names = sorted(self.manifest["files"])[rank::world_size]
-        with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // world_size)) as threads:
+        with ThreadPoolExecutor(max(2, 2 * (os.cpu_count() or 1) // world_size)) as threads:  # half of them wait for the disk
             return next((problem for problem in threads.map(self._problem_of, names) if problem), None)
 
     def _problem_of(self, name: str) -> InputError | None:

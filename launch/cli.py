@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json as jsonlib
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -244,9 +246,9 @@ def _launch(command: str, options: dict[str, object], ranks: int, run: Path, res
 
     given = {key: value for key, value in {**options, "restarts": restarts}.items() if value not in (None, False)}
     log_dir = run / "logs"
-    try:
+    with contextlib.suppress(OSError):
         log_dir.mkdir(parents=True, exist_ok=True)
-    except OSError:  # a run that others own can still be evaluated
+    if not os.access(log_dir, os.W_OK):  # a run that others own can still be evaluated
         log_dir = Path(tempfile.mkdtemp(prefix="triptych_logs_"))
     args = [part for key, value in given.items() for part in (f"--{key}", str(value))]
     launch(command, args, ranks=ranks, log_dir=log_dir, restarts=restarts)

@@ -52,3 +52,17 @@ def _scalars(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]
         elif isinstance(value, int | float) and key not in ("step", "epoch", "rows"):
             found.append((prefix + key, float(value)))
     return found
+
+
+def what_was_left_out(data: dict[str, Any]) -> list[str]:
+    """What `data` of result.json says in lines."""
+    skipped, said = data["skipped"], []
+    if skipped["files"]:
+        said.append(f"skipped {skipped['rows']} training rows in {skipped['files']} files; first: {skipped['reasons'][0]}")
+    if data["bad_steps"]:
+        said.append(f"{data['bad_steps']} steps with a loss or gradient that was not finite")
+    if data["zeroed_gradients"]:
+        said.append(f"{data['zeroed_gradients']} gradients of looked-up vectors were not finite and became 0")
+    for task, counts in data["capped"].items():
+        said.append(f"{task}: {counts['negative']} negative durations set to 0, {counts['above_cap']} cut to the cap")
+    return said

@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -18,7 +19,7 @@ from ..datasets.schema import InputError
 from .build import Built, build, load_model
 from .checkpoints.manifest import committed
 from .checkpoints.reader import Reader
-from .config import Recipe, load_recipe
+from .config import Recipe, difference, load_recipe, meaning
 from .distributed import Ranks
 
 
@@ -46,11 +47,18 @@ def lock(run: Path) -> IO[str]:
     Raises:
         InputError: another process trains in it.
     """
-    file = (run / ".lock").open("w")
+    file = (run / ".lock").open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise InputError(f"{run}: another process trains in this folder; wait for it, end it, or choose another --run") from error
+        file.seek(0)
+        holder = file.read().strip() or "unknown"
+        raise InputError(
+            f"{run}: another process trains in this folder ({holder}); wait for it, end it, or choose another --run"
+        ) from error
+    file.truncate(0)
+    file.write(f"first rank: pid {os.getpid()} on {socket.gethostname()}")
+    file.flush()
     return file
 
 
@@ -85,6 +93,21 @@ def check_fitted(fitted: Fitted, folder: Path, facts: Mapping[str, Any]) -> None
     """
     if facts["fitted"] != fitted.digest():
         raise InputError(f"{folder.parents[1] / 'fitted'} is not what {folder.name} was trained with; restore it or start another run")
+
+
+def check_same(recipe: Recipe, fitted: Fitted, folder: Path, facts: Mapping[str, Any]) -> None:
+    """What a checkpoint's numbers mean is what the recipe says.
+
+    Raises:
+        InputError: they mean something else; names the key.
+    """
+    differs = difference(facts["meaning"], meaning(recipe))
+    if differs is not None:
+        key, then, now = differs
+        raise InputError(
+            f"{folder}: '{key}' differs from the recipe of this checkpoint ({then} then, {now} now); restore it or start another run"
+        )
+    check_fitted(fitted, folder, facts)
 
 
 def to_predict(recipe: Recipe) -> Recipe:

@@ -28,7 +28,7 @@ from .checkpoints.manifest import committed
 from .checkpoints.reader import open_newest
 from .checkpoints.saver import Saver
 from .checkpoints.start_from import start_from
-from .config import Recipe, difference, meaning, save_recipe
+from .config import Recipe, meaning, save_recipe
 from .console import ProgressLines, say, summary
 from .distributed import Ranks
 from .evaluations import Evaluations
@@ -37,8 +37,8 @@ from .faults.stages import stage
 from .faults.stop import StopRequest
 from .feed import BATCHES_IN_PIPELINE, Feed, fit, train_loader
 from .inference import Split, split_files
-from .records import Records
-from .run_folder import check_fitted, claim, lock
+from .records import Records, what_was_left_out
+from .run_folder import check_same, claim, lock
 from .schedule import lr_factor
 from .writing import write_json
 
@@ -239,15 +239,6 @@ class Trainer:
             "bad_steps": self.bad_steps.state(),
         }
 
-    def _check_same(self, folder: Path, facts: dict[str, Any]) -> None:
-        differs = difference(facts["meaning"], meaning(self.recipe))
-        if differs is not None:
-            key, then, now = differs
-            raise InputError(
-                f"{folder}: '{key}' differs from the recipe of this checkpoint ({then} then, {now} now); restore it or start another run"
-            )
-        check_fitted(self.fitted, folder, facts)
-
     def _save(self) -> None:
         own = {"random_state": torch.get_rng_state()}
         if self.ranks.device.type == "cuda":
@@ -275,7 +266,7 @@ class Trainer:
                 say("nothing to resume: the run has no checkpoint; starting from the beginning")
             return
         facts = reader.manifest
-        self._check_same(reader.folder, facts)
+        check_same(self.recipe, self.fitted, reader.folder, facts)
         try:
             position = self.loader.load_state_dict(facts["reading"])
         except InputError as error:
@@ -302,16 +293,6 @@ class Trainer:
         result = self.evaluations.best or {"split": None, "rows": 0, "step": self.step, "tasks": {}}
         data = {"rows": self.loader.num_rows, **self.loader.tally.report(), **self.bad_steps.report()}
         write_json(self.run / "result.json", result | {"data": data})
-        self._say_what_was_left_out(data)
+        for line in what_was_left_out(data):
+            say(line)
         say(f"done: step {self.step}, best step {result['step']}, {self.run / 'result.json'}")
-
-    def _say_what_was_left_out(self, data: dict[str, Any]) -> None:
-        skipped = data["skipped"]
-        if skipped["files"]:
-            say(f"skipped {skipped['rows']} training rows in {skipped['files']} files; first: {skipped['reasons'][0]}")
-        if data["bad_steps"]:
-            say(f"{data['bad_steps']} steps with a loss or gradient that was not finite")
-        if data["zeroed_gradients"]:
-            say(f"{data['zeroed_gradients']} gradients of looked-up vectors were not finite and became 0")
-        for task, counts in data["capped"].items():
-            say(f"{task}: {counts['negative']} negative durations set to 0, {counts['above_cap']} cut to the cap")

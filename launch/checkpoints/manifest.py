@@ -88,9 +88,8 @@ def step_of(folder: Path) -> int:
 
 
 def committed(checkpoints: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    found = [path for path in checkpoints.glob("step_*") if re.fullmatch(r"step_\d+", path.name) and (path / MANIFEST).is_file()]
-    return sorted(found, key=step_of)
+    """Checkpoints, oldest first. Each was whole when it got its name."""
+    return sorted((path for path in checkpoints.glob("step_*") if re.fullmatch(r"step_\d+", path.name)), key=step_of)
 
 
 def commit(writing: Path, folder: Path, manifest: str) -> None:

@@ -36,6 +36,7 @@ SHORT = [
     Kill("block", 40, rank=1),
     Kill("read", 5, rank=1),
     Kill("rename checkpoint", 2, who="all"),
+    Kill("rename manifest.json"),
     Kill(f"prune {STEPS}"),
 ]
 SAVING = [
@@ -70,6 +71,8 @@ SMALL_FILES = [
     Kill("record", 3),
     Kill("evaluated"),
     Kill("evaluated", rank=1, who="all"),
+    Kill("text manifest.json.writing", who="all"),
+    Kill("renamed manifest.json"),
     Kill(f"unlink after {STEPS}", 2),
     Kill("text result.json.writing"),
     Kill("rename result.json", who="all"),

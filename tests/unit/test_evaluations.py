@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from triptych.datasets.schema import InputError
 from triptych.launch.evaluations import Evaluations
 from triptych.launch.sections import TrainSection
 from triptych.mmoe.heads import Task
@@ -55,3 +57,10 @@ def test_what_was_saved_goes_on(before: list[float | None], after: list[float | 
     for number, value in enumerate(after, len(before)):
         resumed.add(10 * number, metrics("ctr", "auc", value, 10 * number))
     assert (resumed.best_steps(5), resumed.best, resumed.since_best) == (whole.best_steps(5), whole.best, whole.since_best)
+
+
+def test_values_of_two_metrics_are_never_compared() -> None:
+    first = evaluations([0.6], "ctr.auc")
+    with pytest.raises(InputError, match=r"'train.monitor' was ctr.auc, and is ctr.ne now"):
+        Evaluations(TrainSection(monitor="ctr.ne"), TASKS).load(first.state())
+    Evaluations(TrainSection(monitor="ctr.ne"), TASKS).load(evaluations([], "ctr.auc").state())

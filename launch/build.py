@@ -156,7 +156,7 @@ def build(recipe: Recipe, ranks: Ranks, plan: Plan | None = None, *, initialise:
     adam = torch.optim.AdamW(others, lr=section.lr, weight_decay=section.weight_decay)
     of_replicated = [training.replicated(replicated, recipe.tables)] if replicated else []
     dynamic = dynamic_tables(recipe.tables)
-    batches = DynamicBatches(recipe.tables, recipe.data_schema, ranks.rank, ranks.world_size) if dynamic else None
+    batches = DynamicBatches(recipe.tables, recipe.data_schema, ranks.rank, ranks.world_size, ranks.own_group()) if dynamic else None
     built = Built(
         model, Optimizers(model.fused_optimizer, adam, *of_replicated, clip_norm=section.clip_norm), dense, plan, batches, ranks.device
     )

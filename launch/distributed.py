@@ -66,6 +66,10 @@ class Ranks:
             dist.all_gather_object(parts, part, group=group)
         return parts
 
+    def own_group(self) -> dist.ProcessGroup | None:
+        """For a thread beside training, whose messages must not mix with those of training; None where there is one rank. Collective."""
+        return dist.new_group(backend="gloo", timeout=BACKSTOP) if self.world_size > 1 else None
+
     def gather(self, part: T) -> list[T]:
         """The parts of all ranks on the first, nothing on the others. Collective."""
         parts: list[Any] = [part] * self.world_size if self.is_first else []

@@ -23,8 +23,6 @@ from .follow import Followed
 COMPONENT = Path(__file__).parent / "component.py"
 STOPPING = {"train": "stopping: saving a checkpoint"}
 """By command; others have nothing to save."""
-
-
 INTERRUPTED = "interrupted; a training goes on from its last checkpoint with --resume"
 
 

@@ -17,7 +17,7 @@ from ..datasets.durable import sync
 from ..datasets.fitted import Fitted
 from ..datasets.schema import InputError
 from .build import Built, build, load_model
-from .checkpoints.manifest import committed
+from .checkpoints.manifest import committed, step_name
 from .checkpoints.reader import Reader
 from .config import Recipe, difference, load_recipe, meaning
 from .distributed import Ranks
@@ -79,7 +79,7 @@ def chosen_checkpoint(run: Path) -> Path:
     """The best checkpoint of a finished run, or the newest of one that goes on."""
     found = committed(run / "checkpoints")
     try:
-        best = run / "checkpoints" / f"step_{json.loads((run / 'result.json').read_text(encoding='utf-8'))['step']}"
+        best = run / "checkpoints" / step_name(json.loads((run / "result.json").read_text(encoding="utf-8"))["step"])
     except (OSError, ValueError, KeyError):
         return found[-1]
     return best if best in found else found[-1]

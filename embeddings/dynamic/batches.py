@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -17,9 +16,6 @@ from ..tables import EmbeddingTable
 from .exchange import DynamicIds
 from .slot_map import Counters, RowShard
 
-_BACKSTOP = timedelta(days=1)
-"""Of one exchange: it waits as long as training does, and who ends that is not decided here."""
-
 
 def dynamic_tables(tables: Sequence[EmbeddingTable]) -> list[EmbeddingTable]:
     return [table for table in tables if table.ids == "dynamic"]
@@ -29,12 +25,15 @@ class DynamicBatches:
     """Gives the ids of a model's dynamic tables rows, batch by batch. Collective: all ranks map as many batches, in the same order.
 
     The rows of a batch depend on the batches before it, and on nothing of training. So they may be found ahead of it, in a thread.
+
+    Args:
+        group: as of DynamicIds.
     """
 
-    def __init__(self, tables: Sequence[EmbeddingTable], schema: Schema, rank: int, world_size: int) -> None:
+    def __init__(
+        self, tables: Sequence[EmbeddingTable], schema: Schema, rank: int, world_size: int, group: dist.ProcessGroup | None
+    ) -> None:
         dynamic = dynamic_tables(tables)
-        # A group of its own, as its messages must not mix with those of training.
-        group = dist.new_group(backend="gloo", timeout=_BACKSTOP) if world_size > 1 else None
         self.ids = DynamicIds(dynamic, rank, world_size, group)
         self.features = {table.name: [f.name for f in schema.features if f.table == table.name] for table in dynamic}
         self._ahead: deque[torch.Tensor] = deque()

@@ -86,21 +86,8 @@ def _saved_ids(reader: Reader, prefix: str, slot_map: SlotMap) -> Saved:
 
 def _run(reader: Reader, name: str, first: int, length: int, dtype: torch.dtype) -> np.ndarray:
     part = Part((first,), torch.empty(length, dtype=dtype))
-    read_part(reader, name, part)
+    reader.read_part(name, part)
     return part.tensor.numpy()
-
-
-def read_part(reader: Reader, name: str, part: Part) -> None:
-    """Fill a rectangle that lies within a saved tensor, in whatever dtype it was saved."""
-    saved = reader.manifest["tensors"][name]
-    dtype = getattr(torch, saved["dtype"])
-    is_same = part.tensor.dtype == dtype
-    for piece in [part] if is_same else part.cut(BLOCK_BYTES):
-        held = piece if is_same else Part(piece.offsets, torch.empty(piece.tensor.shape, dtype=dtype))
-        for source in saved["parts"]:
-            reader.copy_overlap(source, held)
-        if not is_same:
-            piece.tensor.copy_(held.tensor)
 
 
 def parts_sources(slot_map: SlotMap, source_S: torch.Tensor, parts: Sequence[Part], ranks: Ranks) -> list[torch.Tensor]:

@@ -16,7 +16,7 @@ from ..build import Built, table_state
 from ..config import Recipe
 from ..distributed import Ranks
 from ..faults.stages import stage
-from .carried_ids import BLOCK_BYTES, carry_ids, parts_sources, read_part
+from .carried_ids import BLOCK_BYTES, carry_ids, parts_sources
 from .parts import Part, local_parts
 from .reader import Reader
 
@@ -97,7 +97,7 @@ def _carry_table(
             if (saved := f"ids/{table.name}/{array}") in reader.names():
                 reader.copy_into(saved, shard)
     for part in parts:
-        read_part(reader, name, Part(part.offsets, part.tensor[: max(0, their.rows - part.offsets[0])]))
+        reader.read_part(name, Part(part.offsets, part.tensor[: max(0, their.rows - part.offsets[0])]))
     if their.rows != table.rows:
         rest = "the others are initialised" if table.rows > their.rows else "the first of them are loaded"
         remarks.append(f"{their.rows} rows then, {table.rows} now; {rest}")
@@ -143,6 +143,6 @@ def move_rows(reader: Reader, name: str, part: Part, source_R: torch.Tensor) -> 
         if low == high:
             continue
         block = torch.empty(last - first, columns, dtype=part.tensor.dtype)
-        read_part(reader, name, Part((first, part.offsets[1]), block))
+        reader.read_part(name, Part((first, part.offsets[1]), block))
         place = place_R[low:high].to(part.tensor.device)
         part.tensor[place] = block[ordered_R[low:high] - first].to(part.tensor.device)

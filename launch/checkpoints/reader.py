@@ -23,6 +23,8 @@ from .tensor_file import read_region
 
 _PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _BLOCK_BYTES = 4 << 20
+CONVERTED_BYTES = 32 << 20
+"""Held at a time of what is read in another dtype than it was saved."""
 
 
 class Reader:
@@ -97,11 +99,23 @@ class Reader:
         if saved["dtype"] != dtype_of(target):
             raise InputError(f"{self.folder}: {_other_dtype(name, saved['dtype'], dtype_of(target))}")
         for part in local_parts(target):
-            copied = sum(self.copy_overlap(source, part) for source in saved["parts"])
-            assert copied == part.tensor.numel(), f"{name}: {copied} of {part.tensor.numel()} values are in the checkpoint"
+            self.read_part(name, part)
 
-    def copy_overlap(self, source: dict[str, Any], part: Part) -> int:
-        """Copy what a saved part and a held part of the same tensor have in common; returns the number of values."""
+    @torch.no_grad()
+    def read_part(self, name: str, part: Part) -> None:
+        """Fill a rectangle that lies within a saved tensor, in whatever dtype it was saved."""
+        saved = self.manifest["tensors"][name]
+        dtype = getattr(torch, saved["dtype"])
+        is_same = part.tensor.dtype == dtype
+        for piece in [part] if is_same else part.cut(CONVERTED_BYTES):
+            held = piece if is_same else Part(piece.offsets, torch.empty(piece.tensor.shape, dtype=dtype))
+            copied = sum(self._copy_overlap(source, held) for source in saved["parts"])
+            assert copied == held.tensor.numel(), f"{name}: {copied} of {held.tensor.numel()} values are in the checkpoint"
+            if not is_same:
+                piece.tensor.copy_(held.tensor)
+
+    def _copy_overlap(self, source: dict[str, Any], part: Part) -> int:
+        """Copy what a saved part and a held part have in common; returns the number of values."""
         source_ends = [o + s for o, s in zip(source["offsets"], source["sizes"], strict=True)]
         low = [max(a, b) for a, b in zip(source["offsets"], part.offsets, strict=True)]
         high = [min(a, b) for a, b in zip(source_ends, part.ends, strict=True)]

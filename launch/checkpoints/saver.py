@@ -24,7 +24,7 @@ from pydantic import PositiveInt
 from ...datasets.durable import sync
 from ...datasets.schema import InputError, Section
 from ...embeddings.memory import free_host_memory
-from ..distributed import BACKSTOP, Ranks
+from ..distributed import Ranks
 from ..faults.reasons import RankFailure
 from ..faults.stages import stage
 from .manifest import WRITING, amend, commit, committed, joined, prune, step_name
@@ -126,8 +126,7 @@ class Saver:
 
     def __init__(self, checkpoints: Path, section: CheckpointSection, ranks: Ranks) -> None:
         self.checkpoints, self.section, self.ranks = checkpoints, section, ranks
-        # A group of its own, as its messages must not mix with those of training.
-        self.group = dist.new_group(backend="gloo", timeout=BACKSTOP) if section.background and ranks.world_size > 1 else None
+        self.group = ranks.own_group() if section.background else None
         self.staged: dict[str, torch.Tensor] = {}
         self.thread: threading.Thread | None = None
         self.failure: Exception | None = None
@@ -150,11 +149,11 @@ class Saver:
         if self.section.background and self._has_room(snapshot.tensors):
             stage(f"copying what step {step} saves")
             snapshot = self._copied(snapshot)
-            stalled_s = time.monotonic() - asked
-            self.thread = threading.Thread(target=self._save, args=(snapshot, facts, best or [], stalled_s), name="saver", daemon=True)
+            args = (snapshot, facts, best or [], asked, time.monotonic())
+            self.thread = threading.Thread(target=self._save, args=args, name="saver", daemon=True)
             self.thread.start()
             return
-        self._save(snapshot, facts, best or [], None, asked)
+        self._save(snapshot, facts, best or [], asked, None)
         self._raise()
 
     def amend(self, step: int, facts: dict[str, Any], best: list[int]) -> None:
@@ -225,13 +224,12 @@ class Saver:
         held = self.staged.get(key)
         return held if held is not None and _like(held, tensor) else _room_for(tensor)
 
-    def _save(
-        self, snapshot: Snapshot, facts: dict[str, Any], best: list[int], stalled_s: float | None, asked: float | None = None
-    ) -> None:
+    def _save(self, snapshot: Snapshot, facts: dict[str, Any], best: list[int], asked: float, went_on: float | None) -> None:
         """Write and commit, or leave in `failure` what went wrong on any rank. Collective.
 
         Args:
-            stalled_s: how long training stood still for it; None if it still does, since `asked`.
+            asked: when training stopped for it.
+            went_on: when training did; None if it waits.
         """
         began = time.monotonic()
         try:
@@ -240,7 +238,7 @@ class Saver:
             self.failure = error
             return
         now = time.monotonic()
-        self.finished.append(Saved(facts["step"], size, now - (asked or now) if stalled_s is None else stalled_s, now - began))
+        self.finished.append(Saved(facts["step"], size, (went_on or now) - asked, now - began))
 
     def _write_and_commit(self, snapshot: Snapshot, facts: dict[str, Any], best: list[int]) -> int:
         """Returns the bytes of all ranks."""

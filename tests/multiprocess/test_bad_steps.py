@@ -19,9 +19,8 @@ import torch
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from tests.command import refused, triptych
-from tests.multiprocess.test_equivalence import make_loader
 from tests.ranks import run_on_ranks
-from tests.runs import local_values, stopped_copy
+from tests.runs import local_values, make_loader, stopped_copy
 from tests.small import write_log
 from triptych.datasets.batch import Batch
 from triptych.datasets.schema import InputError

@@ -15,7 +15,7 @@ from tests.runs import save
 from triptych.datasets.fitted import Vocabulary
 from triptych.embeddings.dynamic.slot_map import RowShard
 from triptych.launch.checkpoints import carried_ids, carried_tables
-from triptych.launch.checkpoints.carried_ids import read_part
+from triptych.launch.checkpoints import reader as reader_module
 from triptych.launch.checkpoints.carried_tables import move_rows, vocabulary_sources
 from triptych.launch.checkpoints.parts import Part
 from triptych.launch.checkpoints.reader import Reader
@@ -32,7 +32,7 @@ def move_anywhere(ranks: Ranks, folder: Path) -> int:
     save(ranks, folder, {"x": RowShard(own.clone(), 0 if ranks.is_first else cut, ROWS)})
     reader, rng, checked = Reader(folder), np.random.default_rng(ranks.rank), 0
     for _ in range(60):
-        carried_tables.BLOCK_BYTES = carried_ids.BLOCK_BYTES = int(rng.integers(1, 3000))
+        carried_tables.BLOCK_BYTES = carried_ids.BLOCK_BYTES = reader_module.CONVERTED_BYTES = int(rng.integers(1, 3000))
         dtype = torch.float16 if rng.random() < 0.5 else torch.float32
         first_row, num_rows = int(rng.integers(0, 300)), int(rng.integers(0, 300))
         begin, end = sorted(rng.choice(DIM + 1, 2, replace=False).tolist())
@@ -45,7 +45,7 @@ def move_anywhere(ranks: Ranks, folder: Path) -> int:
         checked += expected.numel()
         low, high = sorted(rng.integers(0, ROWS + 1, 2).tolist())
         piece = Part((low, begin), torch.zeros(high - low, end - begin, dtype=dtype))
-        read_part(reader, "x", piece)
+        reader.read_part("x", piece)
         assert torch.equal(piece.tensor, whole[low:high, begin:end].to(dtype))
         around[:, begin:end] = 0
         assert not around.any(), "nothing beside the part was written"
@@ -71,7 +71,6 @@ import sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from triptych.launch.checkpoints.carried_ids import read_part
 from triptych.launch.checkpoints.carried_tables import move_rows
 from triptych.launch.checkpoints.parts import Part
 from triptych.launch.checkpoints.reader import Reader
@@ -88,7 +87,7 @@ before = peak_bytes()
 if sys.argv[2] == "move":
     move_rows(reader, "x", Part((0, 0), table), torch.arange(rows).flip(0))
 else:
-    read_part(reader, "x", Part((0, 0), table))
+    reader.read_part("x", Part((0, 0), table))
 print(peak_bytes() - before)
 assert table.float().mean() == 2
 """

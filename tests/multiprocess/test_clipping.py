@@ -9,17 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-from tests.multiprocess.test_equivalence import make_loader
 from tests.ranks import run_on_ranks
-from tests.runs import local_values
+from tests.runs import local_values, make_loader, train_few
 from tests.small import write_log
 from triptych.datasets.schema import SIDES, Feature
 from triptych.embeddings.lookup import ALONE
 from triptych.embeddings.sharding import of_table
 from triptych.embeddings.tables import fill_table
-from triptych.launch.build import build, model_state, train_task
+from triptych.launch.build import model_state, train_task
 from triptych.launch.config import Recipe, load_recipe
 from triptych.launch.distributed import Ranks
 
@@ -126,11 +124,7 @@ def sharded_training(ranks: Ranks, path: Path) -> dict[str, Any]:
     results = {}
     for case in CASES:
         recipe = recipe_for(path, case, ranks.world_size)
-        built = build(recipe, ranks)
-        pipeline = TrainPipelineSparseDist(built.model, built.optimizers, ranks.device)
-        batches = make_loader(recipe, ranks.rank, ranks.world_size).batches(steps=STEPS)
-        for _ in range(STEPS):
-            pipeline.progress(batches)
+        built = train_few(recipe, ranks, STEPS)
         results[case] = local_values(model_state(built))
         assert int(built.task.model.lookup.guard.zeroed) == 0
     return results

@@ -10,19 +10,16 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from tests.ranks import run_on_ranks
+from tests.runs import local_values, make_loader, train_few
 from tests.small import write_log
-from triptych.datasets.fitted import Fitted
 from triptych.datasets.loader import Loader
-from triptych.datasets.parquet.decode import Decoder
-from triptych.datasets.parquet.listing import list_slices
 from triptych.datasets.schema import SIDES, Feature
 from triptych.embeddings.lookup import ALONE
 from triptych.embeddings.optimizer import TableTraining
 from triptych.embeddings.tables import EmbeddingTable, fill_table, is_sequence_table
-from triptych.launch.build import build, model_state, train_task
+from triptych.launch.build import model_state, train_task
 from triptych.launch.config import Recipe, load_recipe
 from triptych.launch.distributed import Ranks
 from triptych.launch.inference import predict_rows
@@ -72,19 +69,6 @@ def recipe_for(path: Path, case: str, world_size: int = 1) -> Recipe:
     tables = [f"tables.{table}.sharding={kind if sharding == 'mixed' else sharding}" for table, kind in MIXED.items()]
     common = ["train.embedding_lr=0.1", f"data.batch_size={GLOBAL_BATCH // world_size}"]
     return load_recipe(path, [*tables, *common, *VARIANTS[variant]])
-
-
-def make_loader(recipe: Recipe, rank: int, world_size: int, split: str = "train") -> Loader:
-    schema = recipe.data_schema
-    return Loader(
-        Decoder(schema, Fitted()),
-        list_slices(schema, [f"{recipe.data.root}/{split}.parquet"], labels=True).slices,
-        rank=rank,
-        world_size=world_size,
-        seed=recipe.train.seed,
-        shuffle=split == "train",
-        window=3 if split == "train" else 1,
-    )
 
 
 class PlainTables(nn.Module):
@@ -171,19 +155,8 @@ def sharded_training(ranks: Ranks, path: Path, cases: list[str]) -> dict[str, An
     results = {}
     for case in cases:
         recipe = recipe_for(path, case, ranks.world_size)
-        built = build(recipe, ranks)
-        pipeline = TrainPipelineSparseDist(built.model, built.optimizers, ranks.device)
-        batches = make_loader(recipe, ranks.rank, ranks.world_size).batches(steps=STEPS)
-        for step in range(STEPS):
-            built.optimizers.scale_rates(lr_factor(recipe.train, step, STEPS))
-            pipeline.progress(batches)
-        pipeline.detach()
-        parts = {}
-        for name, value in model_state(built).items():
-            shards = (
-                [(s.metadata.shard_offsets, s.tensor.clone()) for s in value.local_shards()] if hasattr(value, "local_shards") else None
-            )
-            parts[name] = shards if shards is not None else [([0] * value.dim(), value.detach().clone())]
+        built = train_few(recipe, ranks, STEPS)
+        parts = local_values(model_state(built))
         predictions = predict_rows(built, make_loader(recipe, ranks.rank, ranks.world_size, "valid"), ranks)
         kinds = {table: facts["sharding"] for table, facts in built.plan.described()["tables"].items()}
         results[case] = (kinds, parts, None if predictions is None else predictions.prediction_NT)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,21 +18,6 @@ from tests.command import refused, triptych
 from tests.ranks import run_on_ranks
 from tests.runs import local_values, stopped_copy
 from tests.small import write_log
-from triptych.datasets.fitted import Fitted
-from triptych.datasets.ids import mix
-from triptych.datasets.schema import InputError
-from triptych.launch.build import model_state, optimizer_state
-from triptych.launch.checkpoints.start_from import LISTING, checkpoint_to_start_from
-from triptych.launch.config import load_recipe
-from triptych.launch.distributed import Ranks
-from triptych.launch.run_folder import chosen_checkpoint
-from triptych.launch.trainer import Trainer
-
-if sys.version_info >= (3, 11):
-    pass
-else:
-    pass
-
 from tests.starts import (
     ONE_RANK,
     PLACES,
@@ -53,6 +37,15 @@ from tests.starts import (
     with_features,
     write_recipe,
 )
+from triptych.datasets.fitted import Fitted
+from triptych.datasets.ids import mix
+from triptych.datasets.schema import InputError
+from triptych.launch.build import model_state, optimizer_state
+from triptych.launch.checkpoints.start_from import LISTING, checkpoint_to_start_from
+from triptych.launch.config import load_recipe
+from triptych.launch.distributed import Ranks
+from triptych.launch.run_folder import chosen_checkpoint
+from triptych.launch.trainer import Trainer
 
 
 @pytest.fixture(scope="module")

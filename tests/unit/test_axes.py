@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.drawn import sections
 from tests.random_recipes import random_recipe
 from triptych.datasets.schema import SIDES
 from triptych.embeddings.sharding import of_table
@@ -22,16 +23,6 @@ from triptych.mmoe.gates import QUIET, Gates
 from triptych.mmoe.model import ModelSection, Tower
 
 some_examples = settings(deadline=None, max_examples=60)
-small = st.integers(1, 4)
-sections = st.builds(
-    ModelSection,
-    sharing=st.sampled_from(["shared_bottom", "mmoe", "cgc", "ple"]),
-    experts=small,
-    task_experts=st.integers(1, 3),
-    levels=st.integers(1, 3),
-    expert_layers=st.lists(st.integers(1, 6), min_size=1, max_size=3).map(tuple),
-    tower_layers=st.lists(st.integers(1, 6), max_size=2).map(tuple),
-)
 
 
 @given(st.integers(0, 10**6), sections)

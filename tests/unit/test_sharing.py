@@ -6,21 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from tests.drawn import sections, small
 from triptych.mmoe.experts import BatchedLinear, BatchedMLP
 from triptych.mmoe.gates import Gates
 from triptych.mmoe.model import ModelSection, make_sharing
 from triptych.mmoe.sharing import PLE, MMoE, SharedBottom
 
 some_examples = settings(deadline=None, max_examples=100)
-small = st.integers(1, 4)
-sections = st.builds(
-    ModelSection,
-    sharing=st.sampled_from(["shared_bottom", "mmoe", "cgc", "ple"]),
-    experts=small,
-    task_experts=st.integers(1, 3),
-    levels=st.integers(1, 3),
-    expert_layers=st.lists(st.integers(1, 6), min_size=1, max_size=3).map(tuple),
-)
 
 
 def linear(layer, group, x_BI):

@@ -1,9 +1,10 @@
 # make demo     everything once, from nothing: set-up, data, training on two ranks, evaluation, export, search
 # make test     set-up and the tests            make lint    format, lint and types
 # make test-long  the campaigns too             make bench   reading, dynamic ids, checkpoints, as ratios
+# make test-cluster  on Slurm and several hosts, which it makes on this machine; as root, where .ci/run says what to install
 # make install  set-up alone; DEVICE=cuda on a GPU machine
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-long bench lint format clean
+.PHONY: help install torch demo test test-long test-cluster bench lint format clean
 
 PYTHON ?= python3
 DEVICE ?= cpu
@@ -11,6 +12,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 STAMP  := $(VENV)/installed-$(DEVICE)
+TORCH_STAMP := $(VENV)/torch-$(DEVICE)
+# What pyproject.toml calls extras. Those of who works on the code unless given; an image has none: make install EXTRAS=
+EXTRAS ?= [dev]
 
 # These three fit together; any other pair dies on import. torchrec comes without its dependencies, because it asks for the
 # CUDA build of FBGEMM, which would overwrite the CPU build.
@@ -26,7 +30,10 @@ help:
 
 install: $(STAMP)
 
-$(STAMP): Makefile pyproject.toml
+# The large part, alone: a layer of an image.
+torch: $(TORCH_STAMP)
+
+$(TORCH_STAMP): Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "triptych needs Python 3.10 or newer; give one with: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@test -n "$(FBGEMM_$(DEVICE))" || { echo "DEVICE=$(DEVICE): use cpu or cuda" >&2; exit 1; }
 	@echo "setting up $(VENV) for $(DEVICE) (a few minutes the first time)"
@@ -34,7 +41,11 @@ $(STAMP): Makefile pyproject.toml
 	$(PIP) uninstall -q -y fbgemm-gpu fbgemm-gpu-cpu 2>/dev/null
 	$(PIP) install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 	$(PIP) install -q --no-deps $(TORCHREC) $(FBGEMM_$(DEVICE))
-	$(PIP) install -q --no-warn-conflicts -e '.[dev]'
+	@rm -f $(VENV)/torch-*
+	@touch $@
+
+$(STAMP): $(TORCH_STAMP) pyproject.toml
+	$(PIP) install -q --no-warn-conflicts -e '.$(EXTRAS)'
 	$(BIN)/triptych --help > /dev/null
 	@rm -f $(VENV)/installed-*
 	@touch $@
@@ -43,10 +54,13 @@ demo: install
 	$(BIN)/triptych demo --run runs/demo
 
 test: install
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -m "not long" --ignore=tests/cluster
 
 test-long: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore=tests/cluster
+
+test-cluster: install
+	$(BIN)/python -m pytest tests/cluster
 
 bench: install
 	$(BIN)/python -m tests.benchmarks.reading

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 
 from ..datasets.schema import Feature, InputError, Schema
+from .control_groups import memory_limits
 from .optimizer import TableTraining
 from .tables import EmbeddingTable, is_sequence_table
 
@@ -207,55 +206,11 @@ def this_machine(
 
 def _host_memory() -> int:
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([physical, *(group.limit for group in cgroups())])
+    return min([physical, *(group.limit for group in memory_limits())])
 
 
 def free_host_memory() -> int:
     """Bytes that could be taken without swapping, or meeting a limit of a control group."""
     with open("/proc/meminfo") as file:
         free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    return max(0, min([free, *(group.limit - group.held for group in cgroups())]))
-
-
-class ControlGroup(NamedTuple):
-    """Bytes."""
-
-    limit: int
-    held: int
-    """Without what the system drops when memory is short."""
-
-
-_NAMES = ("memory.current", "inactive_file")
-_OLD_NAMES = ("memory.usage_in_bytes", "total_inactive_file")
-"""Of what a group holds, and of what of it the system can drop."""
-
-
-def cgroups(process: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Iterator[ControlGroup]:
-    """The process's control group and those above it that limit memory, of either version; none outside Linux."""
-    try:
-        lines = process.read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:  # id:controllers:path, without controllers in version 2
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        old = bool(controllers)
-        top = root / "memory" if old else root
-        limit, names = ("memory.limit_in_bytes", _OLD_NAMES) if old else ("memory.max", _NAMES)
-        # In a container the path may be the host's, where only the top is to be seen.
-        group = top / path.strip("/")
-        for folder in [group, *group.parents]:
-            if folder.is_relative_to(top):
-                try:
-                    yield ControlGroup(int((folder / limit).read_text()), _held(folder, *names))
-                except (OSError, ValueError):  # not there, or "max"
-                    continue
-
-
-def _held(group: Path, usage: str, reclaimable: str) -> int:
-    try:
-        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        return max(0, int((group / usage).read_text()) - int(statistics[reclaimable]))
-    except (OSError, ValueError, KeyError):
-        return 0
+    return max(0, min([free, *(group.limit - group.held for group in memory_limits())]))

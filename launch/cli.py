@@ -25,7 +25,7 @@ app = typer.Typer(
 
 USAGE_ERROR: Any = typer.BadParameter.__base__
 """What the command-line parser raises; typer exports only what derives from it."""
-Run = Annotated[Path, typer.Option(help="run folder", show_default=False)]
+Run = Annotated[str, typer.Option(help="run folder, or a URL of one", show_default=False)]
 NumRanks = Annotated[int, typer.Option(min=1, help="processes; one a GPU, or a few on CPU")]
 Data = Annotated[str, typer.Option(help="parquet file, folder or glob; or one relative to the recipe's data.root", show_default=False)]
 
@@ -124,64 +124,76 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="go on from the run's last checkpoint")] = False,
     restarts: Annotated[int, typer.Option(min=0, help="start all ranks again, from the last checkpoint, so often if one fails")] = 0,
 ) -> None:
-    """Train a recipe on this machine. On a cluster: torchx run -s SCHEDULER launch/component.py:train -- ..."""
+    """Train a recipe on this machine. On a cluster: torchx run -s SCHEDULER launch/component.py:train ..."""
     from . import stack
 
     stack.check()
     from ..embeddings.memory import this_machine
     from .build import plan_of
-    from .checkpoints.manifest import committed
     from .checkpoints.start_from import checkpoint_to_start_from
     from .config import load_recipe, save_recipe
     from .distributed import device_type, quiet_the_stack
     from .inference import check_data
-    from .run_folder import claim
+    from .nodes.mirror import located
+    from .run_folder import claim, has_checkpoint
 
     resolved = load_recipe(recipe, set or [])
     quiet_the_stack()
     plan_of(resolved, this_machine(device_type(), ranks, ranks))
-    if not (resume and committed(run / "checkpoints")):
+    folder, at_url = located(run)
+    if not (resume and has_checkpoint(folder, at_url)):
         checkpoint_to_start_from(resolved)
     check_data(resolved, rows=False)  # the first rank reads rows, where the data is near
-    claim(run, resume=resume)
+    claim(folder, resume=resume, at_url=at_url)
     # Not into the run folder yet: a resume that is refused must leave its recipe alone.
     with tempfile.TemporaryDirectory() as scratch:
         handed_over = Path(scratch) / "recipe.toml"
         save_recipe(resolved, handed_over)
-        _launch("train", {"recipe": handed_over, "run": run, "resume": resume}, ranks, run, restarts)
+        _launch("train", {"recipe": handed_over, "run": run, "resume": resume}, ranks, folder, restarts)
 
 
 @app.command()
 def evaluate(
     run: Run,
     data: Data,
-    json: Annotated[Path | None, typer.Option(help="write the metrics here too")] = None,
+    json: Annotated[str | None, typer.Option(help="write the metrics here too: a file, or a URL of one")] = None,
     ranks: NumRanks = 1,
 ) -> None:
     """Metrics of a run on rows with labels."""
-    _check_run(run)
+    folder = _check_run(run)
     if json is not None:
-        _check_output(json)
-    _launch("evaluate", {"run": run, "data": data, "json": json}, ranks, run)
+        _check_file_or_url(json)
+    _launch("evaluate", {"run": run, "data": data, "json": json}, ranks, folder)
 
 
 @app.command()
 def predict(
-    run: Run, data: Data, out: Annotated[Path, typer.Option(help="parquet file to write", show_default=False)], ranks: NumRanks = 1
+    run: Run,
+    data: Data,
+    out: Annotated[str, typer.Option(help="parquet file to write, or a URL of one", show_default=False)],
+    ranks: NumRanks = 1,
 ) -> None:
     """Predictions in input row order, one column a task."""
-    _check_run(run)
-    _check_output(out)
-    _launch("predict", {"run": run, "data": data, "out": out}, ranks, run)
+    folder = _check_run(run)
+    _check_file_or_url(out)
+    _launch("predict", {"run": run, "data": data, "out": out}, ranks, folder)
 
 
 @app.command()
-def export(run: Run, out: Annotated[Path, typer.Option(help="folder to write", show_default=False)], ranks: NumRanks = 1) -> None:
+def export(
+    run: Run, out: Annotated[str, typer.Option(help="folder to write, or a URL of one", show_default=False)], ranks: NumRanks = 1
+) -> None:
     """User and item vectors, and an index over the items."""
-    _check_run(run)
-    if out.is_file():
+    folder = _check_run(run)
+    from .nodes.remote import check_folder, check_output, is_remote, local_path
+    from .search import FACTS
+
+    if is_remote(out):
+        check_folder(out, FACTS)
+        check_output(out)
+    elif local_path(out).is_file():
         raise InputError(f"{out} is a file; export writes a folder")
-    _launch("export", {"run": run, "out": out}, ranks, run)
+    _launch("export", {"run": run, "out": out}, ranks, folder)
 
 
 @app.command()
@@ -222,13 +234,26 @@ def _progress() -> Progress:
     return Progress(console=console, transient=True, disable=not console.is_terminal)
 
 
-def _check_run(run: Path) -> None:
+def _check_run(run: str) -> Path:
+    """Returns the folder of this machine that is the run, or stands for it."""
     from . import stack
 
     stack.check()
+    from .nodes.mirror import located
     from .run_folder import read_recipe
 
-    read_recipe(run)
+    folder, at_url = located(run)
+    read_recipe(folder, at_url)
+    return folder
+
+
+def _check_file_or_url(out: str) -> None:
+    from .nodes.remote import check_output, is_remote, local_path
+
+    if is_remote(out):
+        check_output(out)
+    else:
+        _check_output(local_path(out))
 
 
 def _check_output(file: Path) -> None:
@@ -241,17 +266,17 @@ def _check_output(file: Path) -> None:
         raise InputError(f"{file.parent}: cannot make the folder ({error.strerror})") from error
 
 
-def _launch(command: str, options: dict[str, object], ranks: int, run: Path, restarts: int = 0) -> None:
+def _launch(command: str, options: dict[str, object], ranks: int, folder: Path, restarts: int = 0) -> None:
     from .local import launch
 
     given = {key: value for key, value in {**options, "restarts": restarts}.items() if value not in (None, False)}
-    log_dir = run / "logs"
+    log_dir = folder / "logs"
     with contextlib.suppress(OSError):
         log_dir.mkdir(parents=True, exist_ok=True)
     if not os.access(log_dir, os.W_OK):  # a run that others own can still be evaluated
         log_dir = Path(tempfile.mkdtemp(prefix="triptych_logs_"))
     args = [part for key, value in given.items() for part in (f"--{key}", str(value))]
-    launch(command, args, ranks=ranks, log_dir=log_dir, restarts=restarts)
+    launch(command, args, ranks=ranks, log_dir=log_dir)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -1,9 +1,14 @@
-"""TorchX components: torchx run -s SCHEDULER launch/component.py:train -- --recipe R --run DIR --nodes 2 --ranks 8
+"""TorchX components: torchx run -s SCHEDULER launch/component.py:train --recipe R --run DIR --nodes 2 --ranks 8
 
-TorchX executes this file outside the package, so it imports nothing of ours.
+TorchX executes this file outside the package, so it imports nothing of ours. It reads the functions' annotations and docstrings for
+`torchx run ... --help`, so each function names all its arguments.
 """
 
 import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 from typing import Dict, List, Optional
 
 import torchx.specs as specs
@@ -28,6 +33,7 @@ def train(
     memMB: int = 4096,
     h: Optional[str] = None,
     image: str = "",
+    mounts: Optional[List[str]] = None,
     env: Optional[Dict[str, str]] = None,
     max_retries: int = 0,
     restarts: int = 0,
@@ -36,8 +42,8 @@ def train(
     """Train a recipe over nodes x ranks processes.
 
     Args:
-        recipe: recipe file, as every node sees it
-        run: run folder, on storage that every node sees
+        recipe: recipe file as every node sees it, or the name of a bundled one
+        run: run folder, on storage that every node sees, or a URL
         set: overrides, key=value, separated by semicolons
         resume: go on from the last checkpoint of the run
         nodes: number of nodes
@@ -47,71 +53,74 @@ def train(
         memMB: memory a node, in MB
         h: named resource, instead of cpu, gpu and memMB
         image: image, for schedulers that run one
+        mounts: into the image, one after the other: type=bind,src=PATH,dst=PATH[,readonly] or type=volume,src=NAME,dst=PATH
         env: environment variables, A=1,B=2
-        max_retries: how often the scheduler may restart the job
-        restarts: how often torchrun may start the ranks again when one fails or is killed, from the last checkpoint
-        rdzv_port: port of the first node where ranks meet
+        max_retries: how often the scheduler may start the job anew; it goes on from the last checkpoint. Kubernetes counts the first start
+        restarts: how often torchrun may start the ranks again within the job, from the last checkpoint
+        rdzv_port: port of the first node where nodes meet
     """
-    args = ["--recipe", recipe, "--run-dir", run, *(part for override in set.split(";") if override for part in ("--set", override))]
-    resume = resume or max_retries > 0  # a restarted job finds its own checkpoints
+    stage = _train(recipe, run, set, resume or max_retries > 0)
     env = {"PET_MAX_RESTARTS": str(restarts), **(env or {})}  # as torchrun --max-restarts
-    return _ranks("train", args + (["--resume"] if resume else []), nodes, ranks, cpu, gpu, memMB, h, image, env, max_retries, rdzv_port)
+    return _job("train", [stage], nodes, ranks, cpu, gpu, memMB, h, image, mounts, env, max_retries, rdzv_port)
 
 
 def evaluate(
     run: str, data: str, json: str = "", nodes: int = 1, ranks: int = 1, cpu: int = 2, gpu: int = 0, memMB: int = 4096,
-    h: Optional[str] = None, image: str = "", env: Optional[Dict[str, str]] = None, max_retries: int = 0, rdzv_port: int = 29500,
+    h: Optional[str] = None, image: str = "", mounts: Optional[List[str]] = None, env: Optional[Dict[str, str]] = None,
+    max_retries: int = 0, rdzv_port: int = 29500,
 ) -> specs.AppDef:  # fmt: skip
     """Metrics of a run on data with labels.
 
     Args:
         run: run folder
-        data: parquet file, folder or glob
+        data: parquet file, folder or glob; or one relative to the recipe's data.root
         json: where to write the metrics
         nodes: number of nodes
         ranks: processes a node
         cpu: CPUs a node
         gpu: GPUs a node
         memMB: memory a node, in MB
-        h: named resource
-        image: image
-        env: environment variables
-        max_retries: restarts
-        rdzv_port: port of the first node
+        h: named resource, instead of cpu, gpu and memMB
+        image: image, for schedulers that run one
+        mounts: as of train
+        env: environment variables, A=1,B=2
+        max_retries: how often the scheduler may start the job anew
+        rdzv_port: port of the first node where nodes meet
     """
-    args = ["--run-dir", run, "--data", data] + (["--json", json] if json else [])
-    return _ranks("evaluate", args, nodes, ranks, cpu, gpu, memMB, h, image, env, max_retries, rdzv_port)
+    return _job("evaluate", [_evaluate(run, data, json)], nodes, ranks, cpu, gpu, memMB, h, image, mounts, env, max_retries, rdzv_port)
 
 
 def predict(
     run: str, data: str, out: str, nodes: int = 1, ranks: int = 1, cpu: int = 2, gpu: int = 0, memMB: int = 4096,
-    h: Optional[str] = None, image: str = "", env: Optional[Dict[str, str]] = None, max_retries: int = 0, rdzv_port: int = 29500,
+    h: Optional[str] = None, image: str = "", mounts: Optional[List[str]] = None, env: Optional[Dict[str, str]] = None,
+    max_retries: int = 0, rdzv_port: int = 29500,
 ) -> specs.AppDef:  # fmt: skip
     """Predictions of a run, one column a task, in input row order.
 
     Args:
         run: run folder
-        data: parquet file, folder or glob
+        data: parquet file, folder or glob; or one relative to the recipe's data.root
         out: parquet file to write
         nodes: number of nodes
         ranks: processes a node
         cpu: CPUs a node
         gpu: GPUs a node
         memMB: memory a node, in MB
-        h: named resource
-        image: image
-        env: environment variables
-        max_retries: restarts
-        rdzv_port: port of the first node
+        h: named resource, instead of cpu, gpu and memMB
+        image: image, for schedulers that run one
+        mounts: as of train
+        env: environment variables, A=1,B=2
+        max_retries: how often the scheduler may start the job anew
+        rdzv_port: port of the first node where nodes meet
     """
-    return _ranks(
-        "predict", ["--run-dir", run, "--data", data, "--out", out], nodes, ranks, cpu, gpu, memMB, h, image, env, max_retries, rdzv_port
-    )
+    stage = ["predict", "--run-dir", run, "--data", data, "--out", out]
+    return _job("predict", [stage], nodes, ranks, cpu, gpu, memMB, h, image, mounts, env, max_retries, rdzv_port)
 
 
 def export(
     run: str, out: str, nodes: int = 1, ranks: int = 1, cpu: int = 2, gpu: int = 0, memMB: int = 4096,
-    h: Optional[str] = None, image: str = "", env: Optional[Dict[str, str]] = None, max_retries: int = 0, rdzv_port: int = 29500,
+    h: Optional[str] = None, image: str = "", mounts: Optional[List[str]] = None, env: Optional[Dict[str, str]] = None,
+    max_retries: int = 0, rdzv_port: int = 29500,
 ) -> specs.AppDef:  # fmt: skip
     """User and item vectors of a run, and a retrieval index.
 
@@ -123,22 +132,130 @@ def export(
         cpu: CPUs a node
         gpu: GPUs a node
         memMB: memory a node, in MB
-        h: named resource
-        image: image
-        env: environment variables
-        max_retries: restarts
-        rdzv_port: port of the first node
+        h: named resource, instead of cpu, gpu and memMB
+        image: image, for schedulers that run one
+        mounts: as of train
+        env: environment variables, A=1,B=2
+        max_retries: how often the scheduler may start the job anew
+        rdzv_port: port of the first node where nodes meet
     """
-    return _ranks("export", ["--run-dir", run, "--out", out], nodes, ranks, cpu, gpu, memMB, h, image, env, max_retries, rdzv_port)
+    return _job("export", [_export(run, out)], nodes, ranks, cpu, gpu, memMB, h, image, mounts, env, max_retries, rdzv_port)
 
 
-def _ranks(
-    command: str, args: List[str], nodes: int, ranks: int, cpu: int, gpu: int, memMB: int, h: Optional[str], image: str,
-    env: Optional[Dict[str, str]], max_retries: int, rdzv_port: int,
+def pipeline(
+    recipe: str,
+    run: str,
+    data: str,
+    json: str = "",
+    out: str = "",
+    prepare: str = "",
+    source: str = "",
+    prepared: str = "",
+    set: str = "",
+    nodes: int = 1,
+    ranks: int = 1,
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 4096,
+    h: Optional[str] = None,
+    image: str = "",
+    mounts: Optional[List[str]] = None,
+    env: Optional[Dict[str, str]] = None,
+    max_retries: int = 0,
+    restarts: int = 0,
+    rdzv_port: int = 29500,
+) -> specs.AppDef:
+    """Prepare, train, evaluate and export in one job: stage after stage on the same nodes. Started anew, it goes on where it was.
+
+    Args:
+        recipe: recipe file as every node sees it, or the name of a bundled one
+        run: run folder, on storage that every node sees, or a URL
+        data: rows with labels to evaluate on: parquet file, folder or glob; or one relative to the recipe's data.root
+        json: where to write the metrics
+        out: folder for vectors and index; nothing is exported unless given
+        prepare: name of a public log to prepare first, as of `triptych prepare`; its recipe then reads from `prepared`
+        source: its raw files
+        prepared: folder for what is prepared
+        set: overrides, key=value, separated by semicolons
+        nodes: number of nodes
+        ranks: processes a node; one a GPU
+        cpu: CPUs a node
+        gpu: GPUs a node
+        memMB: memory a node, in MB
+        h: named resource, instead of cpu, gpu and memMB
+        image: image, for schedulers that run one
+        mounts: as of train
+        env: environment variables, A=1,B=2
+        max_retries: how often the scheduler may start the job anew
+        restarts: how often torchrun may start the ranks of a stage again within the job
+        rdzv_port: port of the first node where nodes meet; each stage takes the next one
+    """
+    if bool(prepare) != bool(source) or bool(prepare) != bool(prepared):
+        raise ValueError("prepare, source and prepared go together: give all three or none")
+    stages = []
+    if prepare:
+        stages.append(["prepare", prepare, "--source", source, "--out", prepared])
+        set = ";".join([f"data.root={prepared}", set])
+    stages += [_train(recipe, run, set, resume=True), _evaluate(run, data, json)]
+    if out:
+        stages.append(_export(run, out))
+    env = {"PET_MAX_RESTARTS": str(restarts), **(env or {})}
+    return _job("pipeline", stages, nodes, ranks, cpu, gpu, memMB, h, image, mounts, env, max_retries, rdzv_port)
+
+
+# Of each stage, the module and its arguments. --run-dir, not --run: torchrun would take that for its own --run-path.
+
+
+def _train(recipe: str, run: str, set: str, resume: bool) -> List[str]:
+    overrides = [part for override in set.split(";") if override for part in ("--set", override)]
+    return ["train", "--recipe", recipe, "--run-dir", run, *overrides, *(["--resume"] if resume else [])]
+
+
+def _evaluate(run: str, data: str, json: str) -> List[str]:
+    return ["evaluate", "--run-dir", run, "--data", data, *(["--json", json] if json else [])]
+
+
+def _export(run: str, out: str) -> List[str]:
+    return ["export", "--run-dir", run, "--out", out]
+
+
+def _job(
+    name: str, stages: List[List[str]], nodes: int, ranks: int, cpu: int, gpu: int, memMB: int, h: Optional[str], image: str,
+    mounts: Optional[List[str]], env: Optional[Dict[str, str]], max_retries: int, rdzv_port: int,
 ) -> specs.AppDef:  # fmt: skip
-    env = {**{name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}, **(env or {})}
-    # --run-dir, not --run: torchrun would take that for its own --run-path.
-    return ddp(
-        *args, m=f"triptych.launch.{command}", name=f"triptych/{command}", j=f"{nodes}x{ranks}", cpu=cpu, gpu=gpu, memMB=memMB, h=h,
-        image=image or ".", env=env, max_retries=max_retries, rdzv_port=rdzv_port,
-    )  # fmt: skip
+    """One role that runs the stages one after the other, each on all its nodes.
+
+    TorchX starts the roles of a job together: with a role a stage, three of four would hold nodes only to wait.
+    """
+    env = {**{name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}, **_revision(), **(env or {})}
+    jobs = [
+        # A store may outlive its stage on another node by a moment: the next stage meets elsewhere.
+        ddp(
+            *args, m=f"triptych.launch.{module}", name=f"triptych/{name}", j=f"{nodes}x{ranks}", cpu=cpu, gpu=gpu, memMB=memMB, h=h,
+            image=image or ".", env=dict(env), max_retries=max_retries, rdzv_port=rdzv_port + number, mounts=mounts,
+        )
+        for number, (module, *args) in enumerate(stages)
+    ]  # fmt: skip
+    role = jobs[0].roles[0]
+    commands = [job.roles[0].args[1].removeprefix("torchrun ") for job in jobs]
+    # This environment need not be active where the job starts. An image has its own.
+    path = "" if image else f"PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; "
+    launcher = "node" if len(commands) == 1 else "pipeline"
+    # exec: signals of the scheduler go to the first process, and a shell would keep them to itself.
+    role.args[1] = f"{path}exec python -m triptych.launch.{launcher} {' --then '.join(commands)}"
+    role.name = name
+    role.port_map = {f"c10d-{number}" if number else "c10d": rdzv_port + number for number in range(len(jobs))}
+    jobs[0].name = name
+    return jobs[0]
+
+
+def _revision() -> Dict[str, str]:
+    """Of the checkout where the job is started: what runs may be a copy of it without history."""
+    if not Path("launch/component.py").is_file():  # __file__ is not this file's here
+        return {}
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        described = subprocess.run(git, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):  # no git here, or no checkout
+        return {}
+    return {"TRIPTYCH_REVISION": described.stdout.strip()}

@@ -91,7 +91,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     )
     data, checkpoint = recipe.data.model_copy(update={"root": absolute(recipe.data.root)}), recipe.checkpoint
     if checkpoint.start_from is not None:
-        checkpoint = checkpoint.model_copy(update={"start_from": str(Path(checkpoint.start_from).expanduser().resolve())})
+        checkpoint = checkpoint.model_copy(update={"start_from": absolute(checkpoint.start_from)})
     return recipe.model_copy(update={"data": data, "tables": tables, "checkpoint": checkpoint})
 
 

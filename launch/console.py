@@ -2,20 +2,47 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import sys
 import time
+import warnings
 from dataclasses import dataclass, field
+from typing import TextIO
 
-from .faults.stages import stage
+from .faults.stages import current_stage, stage
 
 PROGRESS = re.compile(r"^(?P<stage>\S+) (?P<done>\d+)/(?P<total>\d+)(?: (?P<note>.*))?$")
 FAILURE_FILE = "TRIPTYCH_FAILURE_FILE"
 """Environment variable: where a failing rank leaves its reason for whoever launched it."""
+FROM_LAUNCHER = "triptych: "
+"""Before the lines that are not a rank's but the launcher's of a node."""
 SECONDS_BETWEEN_LINES = 2.0
 
 
 def say(text: str) -> None:
     print(text, flush=True)
+
+
+def warn_with_stage() -> None:
+    """From now on warnings of this process, also those that packages log, are one line that says in which stage they came."""
+
+    def show(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None
+    ) -> None:
+        print(_in_stage(f"{category.__name__}: {message} ({filename}:{lineno})"), file=file or sys.stderr, flush=True)
+
+    class Formatter(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            return _in_stage(super().format(record))
+
+    warnings.showwarning = show
+    if logging.lastResort is not None:  # of loggers that have no handler
+        logging.lastResort.setFormatter(Formatter("%(message)s (%(name)s)"))
+
+
+def _in_stage(text: str) -> str:
+    return f"warning in '{current_stage().text}': {' '.join(text.split())}"
 
 
 @dataclass

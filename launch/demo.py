@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..datasets.parquet.listing import list_slices
+from ..datasets.schema import InputError
+from ..embeddings.vectors import read_all
 from . import cli
 from .config import load_recipe
 from .inference import Predictions, evaluate_rows
@@ -48,6 +50,8 @@ def comparison(found: dict[str, Any], truth: dict[str, Any]) -> Table:
 
 def demo(folder: Path, rows: int, ranks: int) -> None:
     """Run every step and print its command, so that each can be repeated by hand."""
+    if ":/" in str(folder):
+        raise InputError(f"--run {folder}: the demo makes its world, run and vectors in a folder of this machine; give one")
     world, run, vectors = folder / "world", folder / "run", folder / "vectors"
     for ours in (world, run, vectors):
         shutil.rmtree(ours, ignore_errors=True)
@@ -62,14 +66,14 @@ def demo(folder: Path, rows: int, ranks: int) -> None:
     step(f"synth --out {world} --rows {rows}", lambda: cli.synth(world, rows))
     step(
         f"train --recipe demo --set {override} --run {run} --ranks {ranks}",
-        lambda: cli.train("demo", run, ranks, [override]),
+        lambda: cli.train("demo", str(run), ranks, [override]),
     )
     step(
         f"evaluate --run {run} --data test.parquet --json {folder / 'test.json'}",
-        lambda: cli.evaluate(run, "test.parquet", folder / "test.json"),
+        lambda: cli.evaluate(str(run), "test.parquet", str(folder / "test.json")),
     )
-    step(f"export --run {run} --out {vectors}", lambda: cli.export(run, vectors))
-    user = str(pq.read_table(world / "test.parquet", columns=["user_id"]).column(0)[0].as_py())
+    step(f"export --run {run} --out {vectors}", lambda: cli.export(str(run), str(vectors)))
+    user = str(read_all(vectors / "users", "user_id")[0][0].as_py())
     step(f"search --index {vectors} --user {user} -k 10", lambda: cli.search(vectors, user))
     found = json.loads((folder / "test.json").read_text(encoding="utf-8"))["tasks"]
     print()

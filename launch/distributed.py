@@ -18,13 +18,18 @@ import torch
 import torch.distributed as dist
 
 from ..datasets.schema import InputError
+from ..embeddings.control_groups import num_cores
 from ..embeddings.memory import DeviceType, Machine, this_machine
+from .console import warn_with_stage
 from .faults.meeting import meet
 from .faults.places import place_of
-from .faults.reasons import FAILURE, INPUT, RankFailure, leave_reason
-from .faults.stages import stage
+from .faults.reasons import FAILURE, INPUT, RankFailure, leave_reason, pass_on, pass_on_reason
+from .faults.stages import current_stage, stage
 from .faults.stop import listen
 from .faults.watchdog import Watchdog
+from .nodes import last_words
+from .nodes.early_words import Told
+from .nodes.interfaces import check_interfaces, choose_interface
 from .stack import has_cuda_kernels
 
 TIMEOUT_S = 1800.0
@@ -121,15 +126,21 @@ def process_group(timeout_s: float = TIMEOUT_S) -> Iterator[Ranks]:
         timeout_s: seconds that ranks wait for each other at the start, and that all may be without progress before they are ended.
     Raises:
         RankFailure: not all ranks came.
+        Told: one failed before it came.
+        InputError: more ranks than GPUs, or no network interface of the name that the user gave.
     """
     quiet_the_stack()
     world_size, rank = _from_torchrun("WORLD_SIZE", 1), _from_torchrun("RANK", 0)
     local_rank, local_world_size = _from_torchrun("LOCAL_RANK", 0), _from_torchrun("LOCAL_WORLD_SIZE", 1)
     device = _device(local_rank, local_world_size)
+    check_interfaces()
     # torchrun sets one thread a rank; the machine's cores are there to be shared out.
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size))
+    torch.set_num_threads(max(1, num_cores() // local_world_size))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store = meet(rank, world_size, timeout_s) if world_size > 1 else dist.HashStore()
+    last_words.share(store, rank, world_size)
+    if world_size > local_world_size:
+        choose_interface(store, rank, world_size, timeout_s)
     with Watchdog(rank, world_size, store, timeout_s):
         stage("joining the other ranks")
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=BACKSTOP)
@@ -142,6 +153,7 @@ def process_group(timeout_s: float = TIMEOUT_S) -> Iterator[Ranks]:
 def run_rank(work: Callable[[], None]) -> None:
     """Run one rank's work as a process's main: wrong input exits with 2 and one line, anything else with 1 and a traceback."""
     listen()
+    warn_with_stage()
     try:
         work()
     except InputError as error:
@@ -149,10 +161,14 @@ def run_rank(work: Callable[[], None]) -> None:
         os._exit(INPUT)  # other ranks may wait in a collective, and so would an orderly exit
     except RankFailure as error:
         leave_reason("failure", str(error))
+    except Told as told:
+        os._exit(pass_on(str(told)))
     except Exception as error:
         if isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST_A_PEER):
-            print(f"rank {os.environ.get('RANK', '0')} lost another rank ({_place(error)})", file=sys.stderr)
-            time.sleep(SECONDS_BEHIND)
+            print(f"lost another rank in '{current_stage().text}' ({_place(error)})", file=sys.stderr)
+            ends_at = time.monotonic() + SECONDS_BEHIND
+            pass_on_reason(SECONDS_BEHIND)
+            time.sleep(max(0.0, ends_at - time.monotonic()))
         else:
             traceback.print_exc()
             leave_reason("failure", f"{type(error).__name__}: {error} ({_place(error)})")

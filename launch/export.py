@@ -13,6 +13,7 @@ stack.check()
 
 import shutil  # noqa: E402
 from collections.abc import Callable  # noqa: E402
+from contextlib import nullcontext  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Annotated  # noqa: E402
 
@@ -37,7 +38,10 @@ from .console import ProgressLines, say  # noqa: E402
 from .distributed import Ranks, process_group, run_rank  # noqa: E402
 from .faults.stages import stage  # noqa: E402
 from .inference import entity_loader, run_rows, split_files  # noqa: E402
-from .run_folder import load_run, read_recipe  # noqa: E402
+from .nodes.mirror import RunAtUrl, located  # noqa: E402
+from .nodes.remote import check_folder, delivered, is_remote  # noqa: E402
+from .nodes.visible import check_visible  # noqa: E402
+from .run_folder import files_of_run, load_run, read_fitted, read_recipe  # noqa: E402
 from .search import FACTS  # noqa: E402
 from .writing import write_json  # noqa: E402
 
@@ -98,16 +102,17 @@ def _export_entities(side: str, recipe: Recipe, built: Built, fitted: Fitted, ra
     return loader.num_rows
 
 
-def export(run: Path, out: Path, ranks: Ranks) -> None:
+def export(run: Path, out: Path, ranks: Ranks, at_url: RunAtUrl | None = None) -> None:
     """Vectors, index and facts, written beside and renamed when whole. Collective."""
-    recipe = read_recipe(run)
+    recipe = read_recipe(run, at_url)
     if recipe.retrieval is None:
-        raise InputError(f"{run}: its recipe has no [retrieval] section, so the model has no user and item vectors")
+        raise InputError(f"{at_url or run}: its recipe has no [retrieval] section, so the model has no user and item vectors")
     if out.exists() and not (out / FACTS).is_file() and any(out.iterdir()):
         raise InputError(f"{out} is not empty and holds no export; choose another --out")
-    fitted = ranks.from_first(lambda: Fitted.load(run, recipe.data_schema))
+    check_visible(ranks, folders=[out.absolute().parent], files=lambda: _files(run, recipe, at_url))
+    fitted = read_fitted(run, recipe, ranks, at_url)
     stage("building the model")
-    built, step = load_run(run, recipe, fitted, ranks)
+    built, step = load_run(run, recipe, fitted, ranks, at_url)
     writing = out.with_name(out.name + ".writing")
     if ranks.is_first:
         shutil.rmtree(writing, ignore_errors=True)
@@ -133,10 +138,27 @@ def export(run: Path, out: Path, ranks: Ranks) -> None:
     say(f"{counts['users']} users and {counts['items']} items x {recipe.retrieval.dim} from step {step} in {out}")
 
 
-def main(run: Annotated[Path, typer.Option("--run", "--run-dir")], out: Annotated[Path, typer.Option()]) -> None:
+def _files(run: Path, recipe: Recipe, at_url: RunAtUrl | None) -> list[str | Path]:
+    """What an export reads."""
+    schema, data = recipe.data_schema, recipe.data
+    sources = {source: None for source in (data.train, data.items) if source}
+    own = [] if at_url else files_of_run(run)
+    return [*own, *(file for source in sources for file in split_files(schema, source))]
+
+
+def main(run: Annotated[str, typer.Option("--run", "--run-dir")], out: Annotated[str, typer.Option()]) -> None:
     def work() -> None:
-        with process_group(read_recipe(run).train.timeout_s) as ranks:
-            export(run, out, ranks)
+        folder, at_url = located(run)
+        with process_group(read_recipe(folder, at_url).train.timeout_s) as ranks:
+            if is_remote(out):
+                if ranks.world_size > ranks.local_world_size:
+                    raise InputError(
+                        f"{out}: over several nodes an export is written to a folder that all of them see; give one, or use one node"
+                    )
+                if ranks.is_first:
+                    check_folder(out, FACTS)
+            with delivered(out) if ranks.is_first else nullcontext(Path()) as path:
+                export(folder, ranks.from_first(lambda: path), ranks, at_url)
 
     run_rank(work)
 

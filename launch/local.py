@@ -16,11 +16,13 @@ from torchx.schedulers.api import Stream
 from torchx.schedulers.local_scheduler import SignalException
 
 from ..datasets.schema import InputError
+from ..embeddings.control_groups import num_cores
 from .console import FAILURE_FILE
-from .faults.reasons import Reason
+from .faults.reasons import Reason, end_of
 from .follow import Followed
 
 COMPONENT = Path(__file__).parent / "component.py"
+NODE = "triptych.launch.node"
 STOPPING = {"train": "stopping: saving a checkpoint"}
 """By command; others have nothing to save."""
 INTERRUPTED = "interrupted; a training goes on from its last checkpoint with --resume"
@@ -34,21 +36,20 @@ class Stopped(RuntimeError):
     """Ranks ended because they were asked to."""
 
 
-def launch(command: str, args: Sequence[str], *, ranks: int, log_dir: Path, restarts: int = 0) -> None:
+def launch(command: str, args: Sequence[str], *, ranks: int, log_dir: Path) -> None:
     """Run a component of component.py on this machine and wait for it.
 
     Args:
         command: name of the component.
         log_dir: a folder, where TorchX keeps the ranks' output.
-        restarts: how often torchrun starts the ranks again; the component is told with `args`.
     Raises:
         InputError: a rank found the input wrong.
         RanksFailed: anything else; names the log.
         Stopped: the ranks were asked to stop, by this process or another.
     """
-    # TorchX starts `torchrun` by name, and the environment of this Python need not be active.
+    # TorchX starts `python` by name, and the environment of this Python need not be active.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // ranks)))
     print(f"{command}: starting {ranks} rank{'s' if ranks > 1 else ''} through TorchX, logs in {log_dir}", flush=True)
     with tempfile.TemporaryDirectory() as scratch, get_runner() as runner:
         failure_file = Path(scratch) / "failure.json"
@@ -59,28 +60,21 @@ def launch(command: str, args: Sequence[str], *, ranks: int, log_dir: Path, rest
             "local_cwd",
             {"log_dir": str(log_dir), "auto_set_cuda_visible_devices": False},
         )
-        followed = Followed(failure_file, restarts)
+        followed = Followed()
         with _passing_on_signals(STOPPING.get(command, "stopping")) as signals:
             followed.follow(runner.log_lines(handle, command, 0, should_tail=True, streams=Stream.COMBINED))
             status = runner.wait(handle, wait_interval=0.2)
         if status is None or status.state.name != "SUCCEEDED":
-            _raise(followed, bool(signals), status.state.name if status else "unknown", log_dir)
+            _raise(end_of(failure_file), bool(signals), log_dir, followed.tail)
 
 
-def _raise(followed: Followed, was_asked: bool, state: str, log_dir: Path) -> None:
+def _raise(reason: Reason | None, was_asked: bool, log_dir: Path, tail: Sequence[str]) -> None:
     """The failure of a launch, in the user's words."""
-    reason = followed.reason
-    if reason is not None:
-        _raise_reason(reason, log_dir)
-    if was_asked:
+    if was_asked and (reason is None or reason.kind == "lost"):
         raise Stopped(INTERRUPTED)
-    if followed.killed:
-        raise RanksFailed(f"{followed.killed}; the log is under {log_dir}")
-    print("\n".join(followed.tail), file=sys.stderr)
-    raise RanksFailed(f"the ranks ended as {state}; their log is under {log_dir}")
-
-
-def _raise_reason(reason: Reason, log_dir: Path) -> None:
+    if reason is None:
+        print("\n".join(tail), file=sys.stderr)
+        raise RanksFailed(f"the ranks ended, and none said why; their log is under {log_dir}")
     if reason.kind == "input":
         raise InputError(reason.message)
     if reason.kind == "stopped":
@@ -90,9 +84,9 @@ def _raise_reason(reason: Reason, log_dir: Path) -> None:
 
 @contextlib.contextmanager
 def _passing_on_signals(stopping: str) -> Iterator[list[int]]:
-    """Ctrl-C, SIGTERM and a closed terminal ask torchrun to stop its ranks, which may take a while; the second ends all at once.
+    """Ctrl-C, SIGTERM and a closed terminal ask the ranks to stop, which may take a while; the second ends all at once.
 
-    TorchX would end torchrun, and with it the ranks, ten seconds after the first.
+    TorchX would end the ranks ten seconds after the first.
 
     Yields:
         The signals that came.
@@ -101,16 +95,16 @@ def _passing_on_signals(stopping: str) -> Iterator[list[int]]:
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         came.append(number)
-        torchrun = [pid for pid in _below(os.getpid()) if _is_torchrun(pid)]
-        if not torchrun:
-            raise SignalException("stopped before torchrun was there", signal.Signals(number))
+        below = _below(os.getpid())
+        node = [pid for pid in below if _is_node(pid)]
+        if not node:
+            raise SignalException("stopped before the ranks' launcher was there", signal.Signals(number))
         if len(came) == 1:
             # Not print: it may be what the signal interrupted.
             os.write(2, f"\n{stopping}; press Ctrl-C again to end at once\n".encode())
-            _send(torchrun, signal.SIGTERM)
+            _send(node, signal.SIGTERM)
         else:
-            ranks = [rank for pid in torchrun for rank in _below(pid)]
-            _send([*torchrun, *ranks], signal.SIGKILL)
+            _send(below, signal.SIGKILL)
 
     # One that is ignored stays so, as under nohup.
     numbers = [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
@@ -134,13 +128,12 @@ def _below(ancestor: int) -> list[int]:
     return found[1:]
 
 
-def _is_torchrun(pid: int) -> bool:
-    """Whether it is torchrun itself, and not a shell that starts it."""
+def _is_node(pid: int) -> bool:
+    """Whether it is the launcher of the ranks (node.py), and not a shell that starts it."""
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        return NODE in Path(f"/proc/{pid}/cmdline").read_text().split("\0")
     except OSError:
         return False
-    return any(Path(word).name == "torchrun" for word in words[:2])
 
 
 def _send(pids: Sequence[int], number: signal.Signals) -> None:

@@ -1,6 +1,6 @@
 """A run folder: what is in it, who may write to it, and which of its checkpoints to use.
 
-recipe.toml  fitted/  plan.json  metrics.jsonl  tensorboard/  checkpoints/step_N/  result.json  logs/
+recipe.toml  fitted/  plan.json  run.json  metrics.jsonl  tensorboard/  checkpoints/step_N/  result.json  logs/
 """
 
 from __future__ import annotations
@@ -21,16 +21,22 @@ from .checkpoints.manifest import committed, step_name
 from .checkpoints.reader import Reader
 from .config import Recipe, difference, load_recipe, meaning
 from .distributed import Ranks
+from .nodes.mirror import Mirror, RunAtUrl
 
 
-def claim(run: Path, *, resume: bool) -> None:
+def has_checkpoint(run: Path, at_url: RunAtUrl | None = None) -> bool:
+    """Whether one was committed: at the URL, where the run is at one."""
+    return bool(committed(run / "checkpoints") if at_url is None else at_url.steps())
+
+
+def claim(run: Path, *, resume: bool, at_url: RunAtUrl | None = None) -> None:
     """Make a run folder, or go on in one.
 
     Raises:
         InputError: it holds checkpoints and `resume` was not asked for, or it cannot be made.
     """
-    if not resume and committed(run / "checkpoints"):
-        raise InputError(f"{run} already holds a trained run; add --resume to go on with it, or choose another --run")
+    if not resume and has_checkpoint(run, at_url):
+        raise InputError(f"{at_url or run} already holds a trained run; add --resume to go on with it, or choose another --run")
     try:
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         sync(run)
@@ -62,17 +68,58 @@ def lock(run: Path) -> IO[str]:
     return file
 
 
-def read_recipe(run: Path) -> Recipe:
+def shown(path: Path, mirror: Mirror | None) -> str:
+    """What of a run the user knows: a path, or what it stands for at a URL."""
+    return str(path) if mirror is None else mirror.run.url_of(path)
+
+
+def enter(run: Path, ranks: Ranks, *, resume: bool, mirror: Mirror | None) -> tuple[IO[str] | None, bool]:
+    """Claim a run folder to train in. Collective.
+
+    Returns:
+        What holds it against other trainings on the first rank, and whether there is a checkpoint to go on from.
+    Raises:
+        InputError: as `claim` and `lock`; or the URL of a run cannot be written.
+    """
+    held = None
+    if ranks.is_first:
+        claim(run, resume=resume, at_url=None if mirror is None else mirror.run)
+        held = lock(run)
+    goes_on = ranks.from_first(lambda: resume and has_checkpoint(run, None if mirror is None else mirror.run))
+    if mirror is not None:
+        mirror.begin(goes_on=goes_on)
+    return held, goes_on
+
+
+def read_recipe(run: Path, at_url: RunAtUrl | None = None) -> Recipe:
     """The resolved recipe of a run.
 
     Raises:
         InputError: no run there, or one without a checkpoint.
     """
+    name = at_url or run
+    if at_url is not None:
+        at_url.fetch("recipe.toml")
     if not (run / "recipe.toml").is_file():
-        raise InputError(f"{run}: no run there (no recipe.toml); train one with: triptych train --run {run}")
-    if not committed(run / "checkpoints"):
-        raise InputError(f"{run}: the run has no checkpoint yet")
+        raise InputError(f"{name}: no run there (no recipe.toml); train one with: triptych train --run {name}")
+    if not has_checkpoint(run, at_url):
+        raise InputError(f"{name}: the run has no checkpoint yet")
     return load_recipe(run / "recipe.toml")
+
+
+def read_fitted(run: Path, recipe: Recipe, ranks: Ranks, at_url: RunAtUrl | None = None) -> Fitted:
+    """What a run fitted, on all ranks. Collective.
+
+    Raises:
+        InputError: it is not there or damaged, or a key is another one.
+    """
+
+    def read() -> Fitted:
+        if at_url is not None:
+            at_url.fetch_fitted()
+        return Fitted.load(run, recipe.data_schema)
+
+    return ranks.from_first(read)
 
 
 def chosen_checkpoint(run: Path) -> Path:
@@ -83,6 +130,12 @@ def chosen_checkpoint(run: Path) -> Path:
     except (OSError, ValueError, KeyError):
         return found[-1]
     return best if best in found else found[-1]
+
+
+def files_of_run(run: Path) -> list[Path]:
+    """What all nodes read of a run that is in a local folder."""
+    folder = chosen_checkpoint(run)
+    return [run / "recipe.toml", *sorted(path for path in folder.iterdir() if path.is_file())]
 
 
 def check_fitted(fitted: Fitted, folder: Path, facts: Mapping[str, Any]) -> None:
@@ -118,9 +171,9 @@ def to_predict(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"tables": tables, "train": recipe.train.model_copy(update=train)})
 
 
-def load_run(run: Path, recipe: Recipe, fitted: Fitted, ranks: Ranks) -> tuple[Built, int]:
+def load_run(run: Path, recipe: Recipe, fitted: Fitted, ranks: Ranks, at_url: RunAtUrl | None = None) -> tuple[Built, int]:
     """Build the run's model on these ranks and fill it; returns it with the step of its checkpoint. Collective."""
-    reader = Reader(chosen_checkpoint(run))
+    reader = Reader(chosen_checkpoint(run) if at_url is None else Mirror(at_url, ranks).fetch_chosen())
     check_fitted(fitted, reader.folder, reader.manifest)
     built = build(to_predict(recipe), ranks, initialise=False)
     load_model(built, reader)

@@ -24,7 +24,6 @@ from ..embeddings.sharding import prefetches
 from ..mmoe.losses import sum_over_ranks
 from ..mmoe.train_task import StepReport
 from .build import build, load_model, load_optimizers, model_state, optimizer_state
-from .checkpoints.manifest import committed
 from .checkpoints.reader import open_newest
 from .checkpoints.saver import Saver
 from .checkpoints.start_from import start_from
@@ -37,8 +36,10 @@ from .faults.stages import stage
 from .faults.stop import StopRequest
 from .feed import BATCHES_IN_PIPELINE, Feed, fit, train_loader
 from .inference import Split, split_files
+from .nodes.facts import record_start
+from .nodes.mirror import Mirror
 from .records import Records, what_was_left_out
-from .run_folder import check_same, claim, lock
+from .run_folder import check_same, enter, shown
 from .schedule import lr_factor
 from .writing import write_json
 
@@ -48,18 +49,18 @@ class Trainer:
 
     Args:
         plan: which rank holds which part of which table; the first rank's counts. Made here, unless given.
+        mirror: where the run is at a URL: `run` is then this node's folder that stands for it.
     Raises:
         InputError: files, columns or a plan that do not fit; a checkpoint of other data or of another model.
     """
 
-    def __init__(self, recipe: Recipe, run: Path, ranks: Ranks, *, resume: bool, plan: Plan | None = None) -> None:
-        self.recipe, self.section, self.run, self.ranks = recipe, recipe.train, run, ranks
+    def __init__(
+        self, recipe: Recipe, run: Path, ranks: Ranks, *, resume: bool, plan: Plan | None = None, mirror: Mirror | None = None
+    ) -> None:
+        self.recipe, self.section, self.run, self.ranks, self.mirror = recipe, recipe.train, run, ranks, mirror
         self.checkpoints = run / "checkpoints"
-        if ranks.is_first:
-            claim(run, resume=resume)
-            self.lock = lock(run)
+        self.lock, goes_on = enter(run, ranks, resume=resume, mirror=mirror)
         schema = recipe.data_schema
-        goes_on = ranks.from_first(lambda: resume and bool(committed(self.checkpoints)))
         stage("listing the training files")
         train_files = split_files(schema, str(recipe.data.train))
         self.listing = ranks.from_first(lambda: list_slices(schema, train_files, labels=True))
@@ -74,7 +75,7 @@ class Trainer:
         self.evaluation_due = False
         self.evaluations = Evaluations(self.section, recipe.tasks)
         self.bad_steps = BadSteps(self.section.max_bad_steps, self.listing.slices, self.built, ranks)
-        self.saver = Saver(self.checkpoints, recipe.checkpoint, ranks)
+        self.saver = Saver(self.checkpoints, recipe.checkpoint, ranks, mirror)
         self.stop, self.stopping = StopRequest.of_this_process(), False
         if resume:
             self._resume()
@@ -90,6 +91,7 @@ class Trainer:
                 self.fitted.save(run)
             write_json(run / "plan.json", self.built.plan.described())
             self.records = Records(run, self.step, evaluates_again=self.evaluation_due)
+        record_start(run, "train", self.step, ranks)
 
     @property
     def finished(self) -> bool:
@@ -260,7 +262,7 @@ class Trainer:
             self.records.write({"step": saved.step, "checkpoint": saved._asdict()})
 
     def _resume(self) -> None:
-        reader = next(open_newest(self.checkpoints), None)
+        reader = next(open_newest(self.checkpoints, self.mirror), None)
         if reader is None:
             if self.ranks.is_first:
                 say("nothing to resume: the run has no checkpoint; starting from the beginning")
@@ -285,7 +287,8 @@ class Trainer:
             if random_state is not None:
                 restore(random_state)
         if self.ranks.is_first:
-            say(f"resumed from {reader.folder}: epoch {self.position.epoch + 1}, row {self.position.row} of {self.loader.num_rows}")
+            where = shown(reader.folder, self.mirror)
+            say(f"resumed from {where}: epoch {self.position.epoch + 1}, row {self.position.row} of {self.loader.num_rows}")
 
     def _finish(self) -> None:
         if not self.ranks.is_first:
@@ -293,6 +296,8 @@ class Trainer:
         result = self.evaluations.best or {"split": None, "rows": 0, "step": self.step, "tasks": {}}
         data = {"rows": self.loader.num_rows, **self.loader.tally.report(), **self.bad_steps.report()}
         write_json(self.run / "result.json", result | {"data": data})
+        if self.mirror is not None:
+            self.mirror.upload_small()
         for line in what_was_left_out(data):
             say(line)
-        say(f"done: step {self.step}, best step {result['step']}, {self.run / 'result.json'}")
+        say(f"done: step {self.step}, best step {result['step']}, {shown(self.run / 'result.json', self.mirror)}")

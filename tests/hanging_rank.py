@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from triptych.datasets.batch import Batch
 from triptych.datasets.ids import string_codes
+from triptych.datasets.schema import InputError
 from triptych.launch.config import load_recipe
 from triptych.launch.distributed import Ranks, process_group, run_rank
 from triptych.launch.faults import watchdog
@@ -86,6 +87,13 @@ def raising(ranks: Ranks, timeout_s: float) -> None:
     """The last rank has an error that is not the user's; the others lose it."""
     if ranks.rank == ranks.world_size - 1:
         string_codes(pa.array([1.5]))
+    dist.barrier()
+
+
+def refusing(ranks: Ranks, timeout_s: float) -> None:
+    """The last rank finds the input wrong; the others lose it."""
+    if ranks.rank == ranks.world_size - 1:
+        raise InputError("rows.parquet: no such column")
     dist.barrier()
 
 

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from ...datasets.schema import InputError
+from ...embeddings.control_groups import num_cores
 from ...embeddings.tables import PREFIX
 from ..faults.stages import stage
-from .manifest import DAMAGED, Damaged, committed, read_manifest
+from .manifest import DAMAGED, Damaged, committed, read_manifest, step_name, step_of
 from .parts import Part, Value, dtype_of, local_parts, shape_of
 from .tensor_file import read_region
+
+if TYPE_CHECKING:
+    from ..nodes.mirror import Mirror
 
 _PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _BLOCK_BYTES = 4 << 20
@@ -54,14 +57,14 @@ class Reader:
             return type(error)(str(error))
         rank, world_size = dist.get_rank(), dist.get_world_size()
         names = sorted(self.manifest["files"])[rank::world_size]
-        with ThreadPoolExecutor(max(2, 2 * (os.cpu_count() or 1) // world_size)) as threads:  # half of them wait for the disk
+        with ThreadPoolExecutor(max(2, 2 * num_cores() // world_size)) as threads:  # half of them wait for the disk
             return next((problem for problem in threads.map(self._problem_of, names) if problem), None)
 
     def _problem_of(self, name: str) -> InputError | None:
         path, expected = self.folder / name, self.manifest["files"][name]
         stage(f"verifying {path}")
         try:
-            if path.stat().st_size != expected["size"] or _digest(path) != expected["sha256"]:
+            if path.stat().st_size != expected["size"] or digest_of(path) != expected["sha256"]:
                 return Damaged(f"{path}: damaged (size or SHA-256 differs from the manifest)")
         except FileNotFoundError:
             return Damaged(f"{path}: missing from the checkpoint")
@@ -137,30 +140,44 @@ def own_name(name: str) -> str:
     return f"rank_{dist.get_rank()}/{name}"
 
 
-def open_newest(checkpoints: Path) -> Iterator[Reader]:
+def open_newest(checkpoints: Path, mirror: Mirror | None = None) -> Iterator[Reader]:
     """Committed checkpoints, newest first; a damaged one is named, set aside as `step_N.damaged`, and passed over. Collective.
 
+    Args:
+        mirror: of a run at a URL: what is there counts, and is fetched.
     Raises:
         InputError: one cannot be read, though it may be whole; or there were some, and none is whole.
     """
     # One list for all: a rank that lists later would miss what the first has already set aside.
-    found: list[Any] = [[folder.name for folder in reversed(committed(checkpoints))], any(checkpoints.glob(f"step_*{DAMAGED}"))]
+    if mirror is None:
+        steps, is_damaged = [step_of(folder) for folder in committed(checkpoints)], any(checkpoints.glob(f"step_*{DAMAGED}"))
+    else:
+        steps, is_damaged = mirror.steps(), mirror.has_damaged()
+    found: list[Any] = [steps[::-1], is_damaged]
     dist.broadcast_object_list(found)
-    for folder in (checkpoints / name for name in found[0]):
+    for step in found[0]:
+        folder = checkpoints / step_name(step)
         try:
+            if mirror is not None:
+                mirror.fetch(step)
             yield Reader(folder)
         except Damaged as error:
             if dist.get_rank() == 0:
                 print(f"warning: {error}; set aside, trying the checkpoint before it", flush=True)
+            if mirror is not None:
+                mirror.set_aside(step)
+            elif dist.get_rank() == 0:
                 aside = folder.with_name(folder.name + DAMAGED)
                 shutil.rmtree(aside, ignore_errors=True)
                 folder.rename(aside)
             dist.barrier()
     if any(found):
-        raise InputError(f"{checkpoints}: no checkpoint in it is whole; restore one, or start another run")
+        where = checkpoints if mirror is None else mirror.run.url_of(checkpoints)
+        raise InputError(f"{where}: no checkpoint in it is whole; restore one, or start another run")
 
 
-def _digest(path: Path) -> str:
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     digest, buffer = hashlib.sha256(), bytearray(_BLOCK_BYTES)
     view = memoryview(buffer)
     with path.open("rb", buffering=0) as file:

@@ -11,10 +11,10 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from pydantic import PositiveInt
 
 from ...datasets.durable import sync
 from ...datasets.schema import InputError, Section
+from ...datasets.storage.access import StorageError
 from ...embeddings.memory import free_host_memory
 from ..distributed import Ranks
 from ..faults.reasons import RankFailure
@@ -31,6 +32,9 @@ from .manifest import WRITING, amend, commit, committed, joined, prune, step_nam
 from .parts import State, dtype_of, is_sharded, local_parts, shape_of
 from .reader import own_name
 from .tensor_file import bytes_of, is_flat, write_tensors
+
+if TYPE_CHECKING:
+    from ..nodes.mirror import Mirror
 
 FILE_BYTES = 256 << 20
 """Of one file, unless a single row is larger: several are hashed at a time when they are read."""
@@ -50,7 +54,7 @@ class CheckpointSection(Section):
     background: bool = True
     """Copy what is saved, and write it while training goes on. Needs memory for the copy; where that is short, training waits."""
     start_from: str | None = None
-    """A run folder, or one of its `checkpoints/step_N`: a new run begins with what it has in common with that checkpoint."""
+    """A run folder, one of its `checkpoints/step_N`, or a URL of either: a new run begins with what both have in common."""
 
 
 class Saved(NamedTuple):
@@ -122,10 +126,12 @@ class Saver:
 
     Args:
         checkpoints: the folder that holds them; it exists.
+        mirror: of a run at a URL: each is brought there before it counts here, where every node has a folder of its own.
     """
 
-    def __init__(self, checkpoints: Path, section: CheckpointSection, ranks: Ranks) -> None:
-        self.checkpoints, self.section, self.ranks = checkpoints, section, ranks
+    def __init__(self, checkpoints: Path, section: CheckpointSection, ranks: Ranks, mirror: Mirror | None = None) -> None:
+        self.checkpoints, self.section, self.ranks, self.mirror = checkpoints, section, ranks, mirror
+        self.leads = ranks.is_first if mirror is None else mirror.leads
         self.group = ranks.own_group() if section.background else None
         self.staged: dict[str, torch.Tensor] = {}
         self.thread: threading.Thread | None = None
@@ -145,6 +151,9 @@ class Saver:
         """
         asked = time.monotonic()
         self.wait()
+        if self.mirror is not None and self.mirror.newest == step:  # nothing was trained since; while it was replaced there would be none
+            self.amend(step, facts, best or [])
+            return
         snapshot, facts = Snapshot.of(state, own), {"step": step, **facts}
         if self.section.background and self._has_room(snapshot.tensors):
             stage(f"copying what step {step} saves")
@@ -163,8 +172,10 @@ class Saver:
             InputError: as save.
         """
         self.wait()
-        folder = self.checkpoints / step_name(step)
-        self._together(lambda: amend(folder, facts) if self.ranks.is_first else None, folder)
+        folder, mirror = self.checkpoints / step_name(step), self.mirror
+        if mirror is not None:
+            self._together(lambda: mirror.amend(folder, facts) if self.ranks.is_first else None, folder)
+        self._together(lambda: amend(folder, facts) if self.leads else None, folder)
         self.prune(best)
 
     def prepare(self, state: State) -> None:
@@ -244,24 +255,35 @@ class Saver:
         """Returns the bytes of all ranks."""
         folder = self.checkpoints / step_name(facts["step"])
         writing = folder.with_name(folder.name + WRITING)
-        is_first = self.ranks.is_first
         try:
-            self._together(lambda: _make_anew(writing) if is_first else None, writing)
+            self._together(lambda: _make_anew(writing) if self.leads else None, writing)
             entry = self._together(lambda: snapshot.write(writing, self.ranks.rank), writing)
             entries = self.ranks.all_gather((entry, snapshot.bytes), self.group)
             text = joined([entry for entry, _ in entries], facts)
-            self._together(lambda: commit(writing, folder, text) if is_first else None, folder)
+            if self.mirror is not None:
+                self._bring(self.mirror, writing, entry["files"], facts["step"], text)
+            self._together(lambda: commit(writing, folder, text) if self.leads else None, folder)
             self.prune(best)
         except (InputError, RankFailure):
-            if is_first:
+            if self.leads:
                 shutil.rmtree(writing, ignore_errors=True)  # where the disk is full, it helps
             raise
         return sum(size for _, size in entries)
 
+    def _bring(self, mirror: Mirror, writing: Path, names: Iterable[str], step: int, manifest: str) -> None:
+        """Commit at the URL, before the nodes' folders do: none of them may have what it has not. Collective."""
+        is_first = self.ranks.is_first
+        self._together(lambda: mirror.make_room(step) if is_first else None, writing)
+        self._together(lambda: mirror.upload(writing, names), writing)
+        self._together(lambda: mirror.commit(step, manifest) if is_first else None, writing)
+        mirror.newest = step
+
     def prune(self, best: list[int]) -> None:
         """Delete the checkpoints that are not to be kept, and what a kill left half written or half deleted. Collective."""
-        is_first = self.ranks.is_first
-        self._together(lambda: prune(self.checkpoints, self.section.keep, best) if is_first else None, self.checkpoints)
+        keep, mirror = self.section.keep, self.mirror
+        if mirror is not None:
+            self._together(lambda: mirror.prune(keep, best) if self.ranks.is_first else None, self.checkpoints)
+        self._together(lambda: prune(self.checkpoints, keep, best) if self.leads else None, self.checkpoints)
 
     def _together(self, work: Callable[[], T], path: Path) -> T:
         """What the work makes on this rank. If a file cannot be written on any rank, all raise InputError. Collective."""
@@ -271,6 +293,8 @@ class Saver:
             made = work()
         except OSError as error:
             failure = InputError(f"{error.filename or path}: cannot write the checkpoint ({error.strerror or error})")
+        except StorageError as error:
+            failure = InputError(str(error))
         except Exception as error:  # the others wait to hear of it
             failure = RankFailure(f"{path}: cannot write the checkpoint ({type(error).__name__}: {error})")
         for found in self.ranks.all_gather(failure, self.group):

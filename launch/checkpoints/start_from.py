@@ -20,11 +20,13 @@ from ..build import Built
 from ..config import Recipe, difference, load_recipe, meaning
 from ..console import say
 from ..distributed import Ranks
+from ..nodes.mirror import Mirror, RunAtUrl
+from ..nodes.remote import is_remote, local_path
 from ..run_folder import check_fitted, chosen_checkpoint, read_recipe
 from ..writing import write_json
 from .carried_dense import CarriedDense, carry_dense
 from .carried_tables import CarriedTables, Described, carry_tables
-from .manifest import MANIFEST, read_manifest
+from .manifest import MANIFEST, read_manifest, step_of
 from .reader import Reader
 
 LISTING = "start_from.json"
@@ -38,8 +40,11 @@ def checkpoint_to_start_from(recipe: Recipe) -> Path | None:
     """
     if recipe.checkpoint.start_from is None:
         return None
-    given = Path(recipe.checkpoint.start_from)
-    folder = given
+    if is_remote(recipe.checkpoint.start_from):
+        folder = _checkpoint_at_url(*_run_and_step(recipe.checkpoint.start_from))
+        _recipe_of(folder)
+        return folder
+    folder = given = local_path(recipe.checkpoint.start_from)
     if (given / "recipe.toml").is_file():
         read_recipe(given)
         folder = chosen_checkpoint(given)
@@ -47,6 +52,27 @@ def checkpoint_to_start_from(recipe: Recipe) -> Path | None:
         raise InputError(f"checkpoint.start_from = '{given}': no checkpoint there; give a run folder, or one of its checkpoints/step_N")
     _recipe_of(folder)
     return folder
+
+
+def _run_and_step(url: str) -> tuple[RunAtUrl, int | None]:
+    """The run of a URL, and the step if it names one of its checkpoints."""
+    place, mark, query = url.partition("?")
+    named = re.fullmatch(r"(.+)/checkpoints/step_(\d+)/?", place)
+    return (RunAtUrl(named[1] + mark + query), int(named[2])) if named else (RunAtUrl(url), None)
+
+
+def _checkpoint_at_url(run: RunAtUrl, step: int | None) -> Path:
+    """The folder of this node that stands for a checkpoint, with its manifest, and its run's recipe and statistics beside it.
+
+    Raises:
+        InputError: there is none, or the URL cannot be read.
+    """
+    steps = run.steps()
+    if not steps or (step is not None and step not in steps):
+        raise InputError(f"checkpoint.start_from = '{run}': no checkpoint there; give a run, or one of its checkpoints/step_N")
+    run.fetch("recipe.toml")
+    run.fetch_fitted()
+    return run.fetch_manifest(run.chosen_step(steps) if step is None else step)
 
 
 def _recipe_of(folder: Path) -> Recipe:
@@ -73,17 +99,22 @@ def start_from(built: Built, recipe: Recipe, fitted: Fitted, ranks: Ranks, run: 
         InputError: the checkpoint is not there or damaged, or has nothing in common with the recipe.
     """
     folder = ranks.from_first(lambda: checkpoint_to_start_from(recipe))
-    assert folder is not None
+    assert folder is not None and recipe.checkpoint.start_from is not None
+    where = str(folder)
+    if is_remote(recipe.checkpoint.start_from):  # each node has a folder of its own for it
+        at_url = _run_and_step(recipe.checkpoint.start_from)[0]
+        folder = Mirror(at_url, ranks).fetch(step_of(folder))
+        where = at_url.url_of(folder)
     reader, now = Reader(folder), Described(recipe, fitted)
-    then = ranks.from_first(lambda: _described(folder, reader.manifest))
+    then = ranks.from_first(lambda: _described(reader.folder, reader.manifest))
     if not _have_common_names(then.recipe, recipe):
-        raise InputError(f"{folder}: has no table, feature or task of this recipe; nothing of it can be loaded")
+        raise InputError(f"{where}: has no table, feature or task of this recipe; nothing of it can be loaded")
     tables = carry_tables(built, reader, then, now, ranks)
     dense = carry_dense(built, reader, then.recipe, recipe)
     if ranks.is_first:
         remarks = [*tables.remarks, *dense.remarks, *statistics_remarks(then.fitted, fitted)]
-        _say(folder, tables, dense, remarks)
-        write_json(run / LISTING, _listing(folder, reader.manifest["step"], tables, dense, remarks))
+        _say(where, tables, dense, remarks)
+        write_json(run / LISTING, _listing(where, reader.manifest["step"], tables, dense, remarks))
 
 
 def _described(folder: Path, facts: dict[str, Any]) -> Described:
@@ -124,17 +155,17 @@ def _numbers(values: np.ndarray) -> str:
     return " ".join(f"{value:.4g}" for value in np.atleast_1d(values))
 
 
-def _say(folder: Path, tables: CarriedTables, dense: CarriedDense, remarks: list[str]) -> None:
+def _say(where: str, tables: CarriedTables, dense: CarriedDense, remarks: list[str]) -> None:
     partly = f", {len(dense.partly)} more in part" if dense.partly else ""
     counts = f"{len(tables.loaded)} of {tables.total} tables, {len(dense.whole)} of {dense.total} dense tensors{partly}"
-    say(f"started from {folder}: loaded {counts}")
+    say(f"started from {where}: loaded {counts}")
     for remark in remarks:
         say(f"  {remark}")
 
 
-def _listing(folder: Path, step: int, tables: CarriedTables, dense: CarriedDense, remarks: list[str]) -> dict[str, Any]:
+def _listing(where: str, step: int, tables: CarriedTables, dense: CarriedDense, remarks: list[str]) -> dict[str, Any]:
     return {
-        "checkpoint": str(folder),
+        "checkpoint": where,
         "step": step,
         "tables": {"loaded": tables.loaded, "of": tables.total},
         "dense": {"loaded": dense.whole, "partly": dense.partly, "of": dense.total},

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from datetime import timedelta
 
 import torch.distributed as dist
 
+from ..nodes.early_words import Listener, connect, meeting_begins
 from .reasons import RankFailure
 from .stages import stage
 
@@ -24,11 +24,13 @@ def meet(rank: int, world_size: int, timeout_s: float) -> dist.Store:
 
     Raises:
         RankFailure: not all ranks came in time; names them.
+        Told: one failed before it came.
     """
+    meeting_begins()
     stage("waiting for the other ranks")
     deadline = time.monotonic() + timeout_s
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+        store = connect(timeout_s)
     except dist.DistError as error:
         raise RankFailure(f"could not reach the store where ranks meet within {timeout_s:g} s: {str(error).splitlines()[0]}") from error
     return _call(store, world_size, deadline, timeout_s) if rank == 0 else _answer(store, rank, deadline, timeout_s)
@@ -38,8 +40,9 @@ def _call(store: dist.Store, world_size: int, deadline: float, timeout_s: float)
     call = uuid.uuid4().hex
     own = dist.PrefixStore(call, store)
     store.set("call", call)
-    missing = list(range(1, world_size))
+    missing, listener = list(range(1, world_size)), Listener(store)
     while missing:
+        listener.listen()
         missing = [rank for rank in missing if not own.check([f"answer/{rank}"])]
         if missing and time.monotonic() > deadline:
             listed = ", ".join(map(str, missing[:_LISTED])) + (", ..." if len(missing) > _LISTED else "")
@@ -50,8 +53,9 @@ def _call(store: dist.Store, world_size: int, deadline: float, timeout_s: float)
 
 
 def _answer(store: dist.Store, rank: int, deadline: float, timeout_s: float) -> dist.Store:
-    name, answered = uuid.uuid4().hex, ""
+    name, answered, listener = uuid.uuid4().hex, "", Listener(store)
     while time.monotonic() < deadline:
+        listener.listen()
         call = store.get("call").decode() if store.check(["call"]) else answered
         own = dist.PrefixStore(call, store)
         if call != answered:

@@ -1,4 +1,4 @@
-"""What a rank does first, ahead of the imports that take seconds."""
+"""What a process of a run does first, ahead of the imports that take seconds."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ from .reasons import FAILURE, end_if_final
 _PR_SET_PDEATHSIG = 1
 
 
+def end_with_parent() -> None:
+    """Be killed when the process that started this one ends, however that was."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(FAILURE)  # it ended before it could be said that this process ends with it
+
+
 def start_rank() -> None:
     """Under torchrun, end with it: a rank must not train on beside the run that takes its place. And end if trying again is of no use."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        torchrun = os.getppid()
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != torchrun:
-            os._exit(FAILURE)  # it ended before it could be said that this rank ends with it
+        end_with_parent()
         end_if_final()

@@ -12,12 +12,12 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
+from ..nodes.bounded_store import BoundedStore
 from .places import is_in_collective, places_of_threads
 from .reasons import FAILURE, leave_reason
 from .stages import current_stage, last_progress
@@ -26,7 +26,7 @@ from .stop import asked_at
 GRACE_AFTER_SIGTERM_S = 60.0
 """Without progress for so long after it was asked to stop, a run will not come to save."""
 _MOST_SECONDS_BETWEEN_BEATS = 5.0
-_STORE_TIMEOUT = timedelta(seconds=5)
+_SECONDS_TO_ANSWER = 5.0
 _LISTED = 8
 
 
@@ -99,10 +99,7 @@ class Watchdog:
     def __init__(self, rank: int, world_size: int, store: dist.Store, timeout_s: float) -> None:
         self.rank, self.others, self.timeout_s = rank, [other for other in range(world_size) if other != rank], timeout_s
         self.seconds_between_beats = min(_MOST_SECONDS_BETWEEN_BEATS, timeout_s / 10)
-        # A client of its own: another thread's would be held by it while it waits.
-        self.store: dist.Store | None = dist.PrefixStore("watchdog", cast(Any, store).clone()) if self.others else None
-        if self.store is not None:
-            self.store.set_timeout(_STORE_TIMEOUT)
+        self.store = BoundedStore(dist.PrefixStore("watchdog", store), _SECONDS_TO_ANSWER) if self.others else None
         started, parent = _start_and_parent(os.getpid())
         self.identity = {"host": socket.gethostname(), "pid": os.getpid(), "parent": parent, "started": started}
         self.beat, self.floor = 0, time.monotonic()
@@ -155,7 +152,7 @@ class Watchdog:
             return
         try:
             for rank in self.others:
-                if self.store.check([str(rank)]):
+                if self.store.check(str(rank)):
                     report = Report(*json.loads(self.store.get(str(rank))))
                     if rank not in self.seen or self.seen[rank].report.beat != report.beat:
                         self.seen[rank] = Seen(report, now)
@@ -174,6 +171,8 @@ class Watchdog:
             silent_s = max(limit / 2, 3 * self.seconds_between_beats)  # others may not have been asked, and beat slower
             silent = {rank for rank, seen in watched.items() if now - seen.at >= silent_s}
             why = f"if that was work, raise train.timeout_s ({self.timeout_s:g})" if limit == self.timeout_s else "it was asked to stop"
+            if self.others and self.store is None:
+                why = f"the store where ranks met, on {os.environ.get('MASTER_ADDR')}, does not answer: that node is gone, or the network"
             self._end(watched, silent, now, why)
 
     def _end(self, watched: Mapping[int, Seen], silent: set[int], now: float, why: str) -> None:

@@ -6,6 +6,7 @@ a machine loses power. Nothing leaves these namespaces, and nothing is left of t
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -14,8 +15,9 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-TOOLS = ("unshare", "nsenter", "ip", "tc")
+TOOLS = ("unshare", "nsenter", "ip", "tc", "nft")
 NETWORK = "10.77.0"
 HEAD = "head"
 _FIRST_PROCESS = "trap : TERM; echo up; while sleep 1000 & wait; do :; done"
@@ -26,7 +28,7 @@ def why_not() -> str | None:
     """Why no hosts can be made here; None if they can."""
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     if missing:
-        return f"needs {', '.join(missing)} (Debian: apt-get install iproute2 util-linux)"
+        return f"needs {', '.join(missing)} (Debian: apt-get install iproute2 util-linux nftables)"
     if os.geteuid() != 0:
         return "needs root, to make network namespaces"
     allowed = subprocess.run(
@@ -43,7 +45,7 @@ class Host:
     """
 
     def __init__(self, name: str, address: str, hosts_file: Path) -> None:
-        self.name, self.address = name, address
+        self.name, self.address, self.hosts_file = name, address, hosts_file
         command = [
             "unshare",
             "--net",
@@ -86,6 +88,40 @@ class Host:
             return subprocess.Popen(
                 self.inside(*command), stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env, cwd=cwd
             )
+
+    def resolve(self, *lines: str) -> None:
+        """From now on names resolve here as these lines of /etc/hosts say, besides localhost."""
+        hosts_file = self.hosts_file.with_name(f"hosts.{self.name}")
+        hosts_file.write_text("\n".join(["127.0.0.1 localhost", *lines]) + "\n")
+        self.run("mount", "--bind", hosts_file, "/etc/hosts")
+
+    def add_bridge(self, name: str, address: str) -> None:
+        """An interface with no wire: no other host can reach its address."""
+        self.run("ip", "link", "add", "name", name, "type", "bridge")
+        self.run("ip", "address", "add", address, "dev", name)
+        self.run("ip", "link", "set", name, "up")
+
+    def slow(self, rate: str, queue_bytes: int = 30_000) -> None:
+        """Send at most at a rate (tc's words: 1mbit). What does not fit into the queue is lost."""
+        limits = ["rate", rate, "burst", "5kb", "limit", queue_bytes]
+        self.run("tc", "qdisc", "replace", "dev", "eth0", "root", "tbf", *limits)
+
+    def sent(self) -> dict[str, Any]:
+        """tc's statistics of a slow link: `packets` and `bytes` sent, `drops`, and `overlimits`: how often a packet had to wait."""
+        return json.loads(self.run("tc", "-s", "-j", "qdisc", "show", "dev", "eth0"))[0]
+
+    def lossy(self, percent: int) -> None:
+        """Of the packets that come, lose so many, drawn at random."""
+        self.run("nft", "add", "table", "inet", "loss")
+        self.run("nft", "add", "chain", "inet", "loss", "arrival", "{ type filter hook input priority 0; }")
+        drawn = ["meta", "iifname", "eth0", "numgen", "random", "mod", "100", "<", percent]
+        self.run("nft", "add", "rule", "inet", "loss", "arrival", *drawn, "counter", "drop")
+
+    def lost(self) -> int:
+        """How many packets were lost on arrival."""
+        rules = json.loads(self.run("nft", "-j", "list", "chain", "inet", "loss", "arrival"))["nftables"]
+        counted = [part["counter"]["packets"] for rule in rules for part in rule.get("rule", {}).get("expr", []) if "counter" in part]
+        return int(counted[0])
 
     def off(self) -> None:
         """Cut the power: no process says goodbye, and no packet is answered."""
@@ -136,6 +172,10 @@ class Hosts:
     def head(self) -> Host:
         return self.on[HEAD]
 
+    def wire(self, name: str, state: str) -> None:
+        """Pull a host's wire (down), or plug it in again (up). Addresses stay."""
+        self.head.run("ip", "link", "set", f"to-{name}", state)
+
     def switch_on(self, name: str) -> Host:
         """Also after it was switched off: a host of the same name and address, on which nothing runs yet."""
         host = self.on[name] = Host(name, self.addresses[name], self.hosts_file)
@@ -143,6 +183,8 @@ class Hosts:
         # Of the head only its network: it could not see the other host's first process.
         on_head = ["nsenter", "--target", str(self.head.pid), "--net", "ip", "link"]
         peer = ["type", "veth", "peer", "name", "eth0", "netns", str(host.pid)]
+        # The kernel takes a dead host's wire away when it finds the time.
+        subprocess.run([*on_head, "delete", wire], stderr=subprocess.DEVNULL, check=False)
         subprocess.run([*on_head, "add", "name", wire, *peer], check=True)
         subprocess.run([*on_head, "set", wire, "master", "eth0", "up"], check=True)
         _address(host)

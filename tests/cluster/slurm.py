@@ -21,7 +21,7 @@ from tests.cluster.hosts import why_not as why_no_hosts
 PROGRAMS = ("slurmctld", "slurmd", "slurmdbd", "sbatch", "srun", "sacct", "scontrol", "munged", "mariadbd", "mariadb-install-db")
 PACKAGES = "slurmctld slurmd slurm-client slurmdbd munge mariadb-server iproute2"
 SECONDS_TO_COME_UP = 60
-KILL_WAIT_S = 60
+KILL_WAIT_S = 10
 """From SIGTERM to SIGKILL when a job is cancelled; Slurm's default is 30."""
 NODE_DEAD_S = 10
 """Without an answer, until a node counts as down; Slurm's default is 300."""
@@ -70,12 +70,12 @@ StoragePass={password}
 PidFile={folder}/slurmdbd.pid
 LogFile={folder}/slurmdbd.log
 """
+_PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/sbin"])
 
 
 def why_not() -> str | None:
     """Why no cluster can be brought up here; None if it can."""
-    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"])
-    missing = [program for program in PROGRAMS if shutil.which(program, path=path) is None]
+    missing = [program for program in PROGRAMS if shutil.which(program, path=_PATH) is None]
     return f"needs {', '.join(missing)} (Debian: apt-get install {PACKAGES})" if missing else why_no_hosts()
 
 
@@ -89,8 +89,8 @@ class Slurm:
 
     def __init__(self, folder: Path, nodes: Sequence[str] = ("n1", "n2")) -> None:
         self.folder, self.nodes = folder, nodes
-        venv = Path(sys.executable).parent
-        self.env = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{venv}:{os.environ['PATH']}:/usr/sbin"}
+        checkout = str(Path(__file__).parents[2])
+        self.env = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": _PATH, "PYTHONPATH": checkout}
         self.hosts = Hosts(nodes)
 
     def __enter__(self) -> Slurm:
@@ -145,8 +145,9 @@ class Slurm:
         self.head.run("sacctmgr", "-i", "add", "cluster", "triptych", env=self.env)
 
     def start_node(self, name: str) -> None:
-        """Start the daemon of a node, whose host is on."""
-        self.hosts[name].start("slurmd", "-D", "-N", name, log=self.folder / f"slurmd-{name}.out", env=self.env)
+        """Start the daemon of a node, whose host was switched on."""
+        # -b: the host has just booted, which Slurm would otherwise take from the time of the machine that all hosts are on.
+        self.hosts[name].start("slurmd", "-D", "-b", "-N", name, log=self.folder / f"slurmd-{name}.out", env=self.env)
 
     def state_of(self, node: str) -> str:
         return self.user("sinfo", "-h", "-n", node, "-o", "%T").strip()

@@ -157,8 +157,7 @@ class Campaign:
                 made_of[step] = attempt
         total = step_of(committed(self.run / "checkpoints")[-1])
         assert sorted(made_of) == list(range(1, total + 1))
-        root = json.loads((self.folder / "campaign.json").read_text())["recipe"]
-        num_rows = pq.read_metadata(Path(root).parent / "train.parquet").num_rows
+        num_rows = pq.read_metadata(self.recipe.parent / "train.parquet").num_rows
         steps_per_epoch = -(-num_rows // self.global_batch)
         assert total % steps_per_epoch == 0
         for first in range(1, total + 1, steps_per_epoch):

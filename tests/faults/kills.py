@@ -109,7 +109,7 @@ class Executioner:
         self._wrap(manifest, "sync", before=("sync",))
         self._wrap(os, "unlink", before=("unlink",), name=lambda *_: f"after {self.pruning}" if self.pruning else "")
         self._wrap(Evaluations, "add", after=("evaluated",))
-        self._wrap(reader, "_digest", before=("verify",))
+        self._wrap(reader, "digest_of", before=("verify",))
         self._wrap(reader, "read_region", before=("read",))
         for owner, function in ((Path, "rename"), (Path, "replace"), (os, "replace")):
             self._wrap(owner, function, before=("rename",), after=("renamed",), name=_new_name)

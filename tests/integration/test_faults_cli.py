@@ -153,7 +153,7 @@ def test_a_stopped_rank_is_named_and_ended(log: Path, tmp_path: Path) -> None:
         code, _, err = started.ends()
         seconds = time.monotonic() - began
     assert code == 1 and err.count("\n") == 1, err
-    assert re.match(r"triptych: rank 1 hangs: \d+ s without a sign of life, last in '[a-z0-9 ]+'; ", err), err
+    assert re.match(r"triptych: rank 1 hangs: \d+ s without a sign of life, last in '[a-z0-9 ,]+'; ", err), err
     assert "train.timeout_s (4)" in err and err.rstrip().endswith(f"its log is under {tmp_path / 'run' / 'logs'}")
     assert seconds < 30
 
@@ -185,10 +185,17 @@ def test_a_stop_before_training_has_nothing_to_save(log: Path, tmp_path: Path) -
     assert not list((run / "checkpoints").iterdir())
 
 
+def test_kill_9_leaves_no_rank(log: Path, tmp_path: Path) -> None:
+    with training(log, tmp_path / "run") as started:
+        os.kill(started.process.pid, signal.SIGKILL)
+        wait_until(lambda: not processes(tmp_path / "run"), "all gone")
+
+
 @pytest.mark.long
-def test_ranks_do_not_outlive_torchrun(log: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("module", ["triptych.launch.node", "triptych.launch.nodes.torchrun"])
+def test_ranks_do_not_outlive_what_started_them(module: str, log: Path, tmp_path: Path) -> None:
     with training(log, tmp_path / "run", "--restarts", 2) as started:
-        torchrun = [pid for pid, command in processes(tmp_path / "run").items() if "/torchrun " in command]
+        torchrun = [pid for pid, command in processes(tmp_path / "run").items() if f" -m {module} " in command]
         os.kill(torchrun[0], signal.SIGKILL)
         code, _, err = started.ends()
     assert code == 1 and err, err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from triptych.launch.faults.places import place_of, places_of_threads
 from triptych.launch.faults.reasons import RankFailure, end_if_final, leave_reason, reason_of
 from triptych.launch.faults.watchdog import Report, culprits
 from triptych.launch.follow import Followed
+from triptych.launch.nodes.attempts import Attempts, is_for_the_user
 
 
 def report(collectives: int, in_collective: bool) -> Report:
@@ -61,7 +63,7 @@ class TestReasons:
         self.fail(monkeypatch, 0, "failure", "disk\n is gone", rank=1)
         self.fail(monkeypatch, 0, "failure", "peer is gone", rank=0)
         found = reason_of(file, 0)
-        assert found is not None and str(found) == "rank 1 failed: disk is gone" and not found.is_final
+        assert found is not None and str(found) == "rank 1 failed in 'starting': disk is gone" and not found.is_final
         assert reason_of(file, 1) is None
 
     def test_an_error_that_comes_back_and_wrong_input_are_final(self, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,6 +91,29 @@ class TestReasons:
             assert found is not None and found.kind == kind, "the next attempt must find it too"
             (file.parent / f"failure.json.{attempt + 1}").unlink()
 
+    def test_a_node_that_only_joined_again_takes_what_its_ranks_left(self, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        codes: list[int] = []
+        monkeypatch.setattr("os._exit", codes.append)
+        left = file.parent / "failure.json.0"
+        for kind in ("failure", "input"):
+            self.fail(monkeypatch, 0, kind, "a")
+            end_if_final()
+            assert left.exists() and codes == [], "it is of this very attempt"
+            os.utime(left, (0, 0))  # before this process started
+            end_if_final()
+            assert (left.exists(), codes) == ((False, []) if kind == "failure" else (True, [2]))
+
+    def test_a_killed_rank_counts_for_more_than_who_lost_it(self, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        report = ["  rank      : 3 (local_rank: 1)", "  exitcode  : -9 (pid: 14)  (SIGKILL)"]
+        self.fail(monkeypatch, 0, "lost", "rank 3 went without a word")
+        for lines, host, expected in (
+            ([], None, "rank 3 went without a word"),
+            (report, "n2", "rank 3 on n2 was killed by signal 9 (out of memory?)"),
+        ):
+            attempts = Attempts(str(file), 0, host)
+            assert [attempts.take(line) for line in lines] == [None] * len(lines)
+            assert str(attempts.end) == expected
+
     def test_without_a_launcher_the_reason_goes_to_stderr(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -98,31 +123,58 @@ class TestReasons:
 
 
 class TestRestartLines:
-    FAILED = "E1123 01:15:39 1470 torch/distributed/elastic/api.py:1002] failed (exitcode: {}) local_rank: {} (pid: 7) of binary: python\n"
+    FAILED = "E1123 01:15:39 1470 torch/distributed/elastic/api.py:1002] failed (exitcode: {}) local_rank: {} (pid: 7) of binary: python"
 
-    def follow(self, tmp_path: Path, capsys: pytest.CaptureFixture[str], lines: list[str], restarts: int) -> str:
-        Followed(tmp_path / "failure.json", restarts).follow(lines)
-        return capsys.readouterr().out
+    def told(self, tmp_path: Path, lines: list[str], restarts: int, host: str | None = None) -> list[str]:
+        attempts = Attempts(str(tmp_path / "failure.json"), restarts, host)
+        return [told for told in map(attempts.take, lines) if told is not None]
 
-    def test_each_failed_attempt_but_the_last(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_each_failed_attempt_but_the_last(self, tmp_path: Path) -> None:
         lines = [
             self.FAILED.format(-9, 1),
-            "[0]:resumed\n",
+            "[0]:resumed",
             "[0]:" + self.FAILED.format(1, 0),
             self.FAILED.format(1, 0),
             self.FAILED.format(-9, 0),
         ]
-        assert [line for line in self.follow(tmp_path, capsys, lines, 2).splitlines() if "restart " in line] == [
+        assert self.told(tmp_path, lines, 2) == [
             "rank 1 was killed by signal 9; restarting all ranks from the last checkpoint (restart 1 of 2)",
             "a rank was lost; restarting all ranks from the last checkpoint (restart 2 of 2)",
         ]
 
-    def test_none_if_a_restart_would_end_the_same_way(
-        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_of_several_nodes_the_node_is_named(self, tmp_path: Path) -> None:
+        assert self.told(tmp_path, [self.FAILED.format(-9, 1)], 1, "n2") == [
+            "a rank on n2 was killed by signal 9; restarting all ranks from the last checkpoint (restart 1 of 1)"
+        ]
+
+    def test_none_if_a_restart_would_end_the_same_way(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(FAILURE_FILE, str(tmp_path / "failure.json"))
         leave_reason("input", "no such column")
-        assert self.follow(tmp_path, capsys, [self.FAILED.format(2, 0)], 3) == ""
+        assert self.told(tmp_path, [self.FAILED.format(2, 0)], 3) == []
+
+
+class TestLines:
+    @pytest.mark.parametrize(
+        "line", ["[3]:train 2/24 epoch 1/1", "[12]:  File 'losses.py', line 3", "[0]:UserWarning: frame", "[1]:[0] is an index"]
+    )
+    def test_of_ranks_are_shown(self, line: str) -> None:
+        assert is_for_the_user(line)
+
+    @pytest.mark.parametrize(
+        "line",
+        [
+            "E1123 01:15:39 1470 torch/distributed/elastic/api.py:1002] failed",
+            "Traceback (most recent call last):",
+            "  rank      : 0 (local_rank: 0)",
+            "[0]:",
+            "[1]:[rank1]:[W1122 10:20:30.123456789 TCPStore.cpp:125] [c10d] recvValue failed on SocketImpl(fd=47)",
+            "[1]:[W1123 04:09:01.029982354 socket.cpp:207] [c10d] The hostname of the client socket cannot be retrieved. err=-3",
+            "[1]:Exception raised from recvBytes at /pytorch/torch/csrc/distributed/c10d/Utils.hpp:682 (most recent call first):",
+            "[1]:frame #0: c10::Error::Error(c10::SourceLocation, std::string) + 0x88 (0x7f0 in /lib/libc10.so)",
+        ],
+    )
+    def test_of_the_stack_below_are_not(self, line: str) -> None:
+        assert not is_for_the_user(line)
 
 
 class TestMeeting:
@@ -163,12 +215,12 @@ def test_places_are_the_packages_own() -> None:
     except RankFailure as error:
         assert place_of(error.__traceback__) is None, "the watching itself is no place"
     try:
-        Followed(Path("/nowhere/failure.json"), 0).follow([1])  # type: ignore[list-item]
+        Followed().follow([1])  # type: ignore[list-item]
     except TypeError as error:
         assert (place_of(error.__traceback__) or "").startswith("launch/follow.py:")
 
 
-def test_threads_beside_the_main_one_are_shown(tmp_path: Path) -> None:
+def test_threads_beside_the_main_one_are_shown() -> None:
     began, go_on = threading.Event(), threading.Event()
 
     def lines():
@@ -176,7 +228,7 @@ def test_threads_beside_the_main_one_are_shown(tmp_path: Path) -> None:
         go_on.wait()
         yield from ()
 
-    thread = threading.Thread(target=Followed(tmp_path / "failure.json", 0).follow, args=(lines(),), name="follower")
+    thread = threading.Thread(target=Followed().follow, args=(lines(),), name="follower")
     thread.start()
     began.wait()
     assert "follower: launch/follow.py:" in places_of_threads()

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from triptych.datasets.schema import DataSection, Feature, InputError, Schema
-from triptych.embeddings.memory import MEMORY_RESERVED, Machine, Memory, cgroups, this_machine
+from triptych.embeddings.memory import MEMORY_RESERVED, Machine, Memory, this_machine
 from triptych.embeddings.optimizer import TableTraining
 from triptych.embeddings.plan import Plan, make_plan, saved_plan
 from triptych.embeddings.sharding import sharders
@@ -256,22 +256,6 @@ def test_a_table_of_a_hundred_million_rows_is_planned_at_once() -> None:
     assert time.monotonic() - began < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB, of 6.4 GB of weights
     assert sum(share.weights for share in plan.shares if share.table == "big") == 100_000_000 * 16 * 4
-
-
-def test_a_control_groups_limit_bounds_memory(tmp_path: Path) -> None:
-    """Version 2, version 1, and a path that is the host's."""
-    process, root = tmp_path / "cgroup", tmp_path / "fs"
-    (root / "a/b").mkdir(parents=True)
-    (root / "memory/x").mkdir(parents=True)
-    (root / "memory.max").write_text("max\n")
-    (root / "a/memory.max").write_text("5000\n")
-    (root / "a/b/memory.max").write_text("7000\n")
-    (root / "memory/memory.limit_in_bytes").write_text("9000\n")
-    process.write_text("0::/a/b\n")
-    assert sorted(group.limit for group in cgroups(process, root)) == [5000, 7000]
-    process.write_text("12:cpu,cpuacct:/x\n4:memory:/not/here\n")
-    assert [group.limit for group in cgroups(process, root)] == [9000]
-    assert list(cgroups(tmp_path / "none", root)) == []
 
 
 def test_ranks_of_a_node_share_its_memory() -> None:

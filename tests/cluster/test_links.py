@@ -1,0 +1,99 @@
+"""A slow link, lost packets and a wire that is pulled for some seconds change nothing but how long a training takes."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.hosts import Host, Hosts, why_not
+from tests.cluster.launches import Launch
+from tests.faults.campaign import assert_equal_runs
+from tests.small import write_log
+
+BATCH, STEPS = 32, 30
+SETTINGS = ["train.timeout_s=60", "train.log_every=3", f"data.batch_size={BATCH}"]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_log(tmp_path_factory.mktemp("log"), train_rows=2 * BATCH * STEPS)
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[Host]]:
+    """Two, on wires of their own."""
+    if reason := why_not():
+        pytest.skip(reason)
+    with Hosts(["n1", "n2"]) as made:
+        yield [made["n1"], made["n2"]]
+
+
+def launch(hosts: list[Host], recipe: Path, run: Path) -> Launch:
+    args = ["--recipe", recipe, "--run-dir", run, *(word for setting in SETTINGS for word in ("--set", setting))]
+    return Launch(hosts, 1, args, run.with_name("logs"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run over good wires."""
+    if reason := why_not():
+        pytest.skip(reason)
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    with Hosts(["n1", "n2"]) as made, launch([made["n1"], made["n2"]], recipe, run) as launched:
+        launched.succeeds()
+    return run
+
+
+def steps_per_second(run: Path) -> float:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return statistics.median(record["rows_per_second"] for record in records if "rows_per_second" in record) / (2 * BATCH)
+
+
+@pytest.mark.parametrize("rate", ["10mbit", "2mbit", pytest.param("500kbit", marks=pytest.mark.long)])
+def test_slow(rate: str, hosts: list[Host], recipe: Path, undisturbed: Path, tmp_path: Path, report: Callable[[str], None]) -> None:
+    for host in hosts:
+        host.slow(rate)
+    with launch(hosts, recipe, tmp_path / "run") as launched:
+        launched.succeeds()
+    sent = [host.sent() for host in hosts]
+    assert all(each["overlimits"] > 100 and each["bytes"] > 1e6 for each in sent), f"nothing was slowed down: {sent}"
+    assert_equal_runs(tmp_path / "run", undisturbed)
+    report(f"link of {rate}: {steps_per_second(tmp_path / 'run'):.1f} steps/s; undisturbed {steps_per_second(undisturbed):.1f}")
+
+
+def test_lost_packets(hosts: list[Host], recipe: Path, undisturbed: Path, tmp_path: Path, report: Callable[[str], None]) -> None:
+    for host in hosts:
+        host.lossy(3)
+    with launch(hosts, recipe, tmp_path / "run") as launched:
+        launched.succeeds()
+    lost = [host.lost() for host in hosts]
+    assert min(lost) > 20, lost
+    assert_equal_runs(tmp_path / "run", undisturbed)
+    report(f"3 % of packets lost ({lost}): {steps_per_second(tmp_path / 'run'):.1f} steps/s")
+
+
+def test_a_wire_that_is_pulled_for_some_seconds(recipe: Path, undisturbed: Path, tmp_path: Path, report: Callable[[str], None]) -> None:
+    with Hosts(["n1", "n2"]) as hosts, launch([hosts["n1"], hosts["n2"]], recipe, tmp_path / "run") as launched:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2, launched)
+        hosts.wire("n2", "down")
+        time.sleep(5)
+        held, mended = metrics.read_text(), time.monotonic()
+        assert not (tmp_path / "run" / "result.json").exists()
+        hosts.wire("n2", "up")
+        wait_for(lambda: metrics.read_text() != held, launched)
+        report(f"wire pulled for 5 s: went on {time.monotonic() - mended:.1f} s after")
+        launched.succeeds()
+    assert_equal_runs(tmp_path / "run", undisturbed)
+
+
+def wait_for(is_so: Callable[[], bool], launched: Launch) -> None:
+    deadline = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < deadline and all(process.poll() in (None, 0) for process in launched.processes), launched.log(0)[-3000:]
+        time.sleep(0.02)

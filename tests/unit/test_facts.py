@@ -1,0 +1,101 @@
+"""What run.json says of the code and the machine, and how ranks hear each other's last words."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from tests.command import ROOT
+from triptych.datasets.schema import InputError
+from triptych.launch.nodes.bounded_store import BoundedStore
+from triptych.launch.nodes.facts import REVISION, cpu_model, revision, starts, versions
+
+
+def git(root: Path, *args: str) -> str:
+    author = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    return subprocess.run(["git", "-C", str(root), *author, *args], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_revision_is_the_checkouts_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(REVISION, raising=False)
+    (tmp_path / "code.py").write_text("a = 1\n")
+    assert revision(tmp_path) is None
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-q", "-m", "first")
+    head = git(tmp_path, "rev-parse", "HEAD")
+    assert revision(tmp_path) == {"commit": head, "dirty": False}
+    (tmp_path / "code.py").write_text("a = 2\n")
+    assert revision(tmp_path) == {"commit": head, "dirty": True}
+    inside = tmp_path / "site-packages"
+    inside.mkdir()
+    assert revision(inside) is None, "of another project's checkout"
+    for told, dirty in ((head, False), (f"{head}-dirty", True)):
+        monkeypatch.setenv(REVISION, told)
+        assert revision(inside) == {"commit": head, "dirty": dirty}
+    assert revision(tmp_path) == {"commit": head, "dirty": True}, "history beside the code counts"
+
+
+def test_versions_and_cpu(tmp_path: Path) -> None:
+    found = versions()
+    assert {"python", "torch", "torchrec", "torchx", "pyarrow", "numpy", "cuda"} <= found.keys()
+    assert found["torch"] == str(__import__("torch").__version__)
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Some CPU @ 2 GHz\nflags\t: a\n")
+    assert cpu_model(tmp_path / "cpuinfo") == "Some CPU @ 2 GHz"
+    assert cpu_model(tmp_path / "none") == os.uname().machine
+
+
+def test_a_damaged_run_json_is_named_and_left_alone(tmp_path: Path) -> None:
+    assert starts(tmp_path) == []
+    (tmp_path / "run.json").write_text('{"starts": [')
+    with pytest.raises(InputError, match=r"run\.json: cannot be read"):
+        starts(tmp_path)
+
+
+def keep_store(tell: Connection) -> None:
+    store = dist.TCPStore("localhost", 0, is_master=True)
+    tell.send(store.port)
+    time.sleep(600)
+
+
+def test_a_store_that_stops_to_answer_is_given_up() -> None:
+    told, tell = multiprocessing.get_context("spawn").Pipe(duplex=False)
+    keeper = multiprocessing.get_context("spawn").Process(target=keep_store, args=(tell,), daemon=True)
+    keeper.start()
+    try:
+        store = BoundedStore(dist.PrefixStore("a", dist.TCPStore("localhost", told.recv(), timeout=timedelta(seconds=30))), 1.0)
+        store.set("key", "value")
+        store.compare_set("key", "", "other")
+        assert store.check("key") and not store.check("none") and store.get("key") == "value"
+        os.kill(keeper.pid or 0, signal.SIGSTOP)
+        began = time.monotonic()
+        with pytest.raises(RuntimeError, match="no answer"):
+            store.check("key")
+        assert time.monotonic() - began < 10
+    finally:
+        keeper.kill()
+        keeper.join()
+
+
+def test_warnings_are_one_line_with_the_stage() -> None:
+    code = (
+        "import logging, warnings; from triptych.launch.console import warn_with_stage; from triptych.launch.faults.stages import stage;"
+        "warn_with_stage(); stage('training step 7'); warnings.warn('first\\nsecond'); logging.getLogger('some').warning('third\\nfourth')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.stderr.splitlines() == [
+        "warning in 'training step 7': UserWarning: first second (<string>:1)",
+        "warning in 'training step 7': third fourth (some)",
+    ]

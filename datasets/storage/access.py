@@ -85,7 +85,7 @@ def find_files(root: str | Path, pattern: str) -> list[str]:
             found.add(match.path)
         elif not listed or not f"{match.path}/".startswith(listed):
             listed = f"{match.path}/"
-            inside = _list(place, match.path, recursive=True)
+            inside = entries(place, match.path, recursive=True)
             found.update(i.path for i in inside if i.is_file and _fits(_parts(i.path[len(match.path) :]), ["**", "*.parquet"]))
     if found:
         return sorted(place.below(path) for path in found)
@@ -102,8 +102,8 @@ def open_input(name: str) -> pa.NativeFile:
         InputError: not there.
         StorageError: not allowed, or not reached.
     """
-    place = _place(name)
-    return _reach(name, lambda: place.files.open_input_file(place.path))
+    place = place_at(name)
+    return reach(name, lambda: place.files.open_input_file(place.path))
 
 
 def with_retries(name: str, action: Callable[[], T]) -> T:
@@ -144,7 +144,8 @@ def _gist(error: Exception) -> str:
     return text.splitlines()[0][:200]
 
 
-def _reach(name: str, action: Callable[[], T]) -> T:
+def reach(name: str, action: Callable[[], T]) -> T:
+    """What the action makes of a storage, which is tried again where that may help. Raises InputError, in one line that names it."""
     with _in_one_line(name):
         return with_retries(name, action)
 
@@ -167,7 +168,7 @@ def _explain(name: str, error: Exception) -> str:
     url = parse(name)
     if isinstance(error, PermissionError) or _says(error, _DENIED):
         hint = f" in the environment ({CREDENTIALS[url.scheme]})" if url.scheme in CREDENTIALS else ""
-        return f"access denied; check the credentials{hint}, and that they may read and list this place"
+        return f"access denied; check the credentials{hint}, and that they may read and list this place, and write what a run leaves there"
     if _says(error, _NO_BUCKET):
         return f"no such bucket: {url.origin}"
     if isinstance(error, ConnectionError | TimeoutError) or _says(error, _NO_CONNECTION):
@@ -180,13 +181,13 @@ def _explain(name: str, error: Exception) -> str:
 
 def _not_found(name: str) -> InputError:
     """What to raise for a name that is not there: names the bucket if it is the bucket, else the nearest neighbour."""
-    place = _place(name)
+    place = place_at(name)
     if is_url(name) and (url := parse(name)).scheme in OPTIONS:
-        bucket = _reach(name, lambda: place.files.get_file_info(url.authority))
+        bucket = reach(name, lambda: place.files.get_file_info(url.authority))
         if bucket.type == fs.FileType.NotFound:
             return InputError(f"{name}: no such bucket: {url.origin}")
     folder, _, last = place.path.rpartition("/")
-    siblings = [_last(info.path) for info in _list(place, folder or ("/" if place.path.startswith("/") else "."))]
+    siblings = [_last(info.path) for info in entries(place, folder or ("/" if place.path.startswith("/") else "."))]
     return InputError(f"no such file: {name}{nearest(last, siblings)}")
 
 
@@ -219,17 +220,17 @@ def _fits(names: list[str], parts: list[str]) -> bool:
 def _locate(root: str, pattern: str) -> tuple[Place, list[str]]:
     """The place that a pattern is relative to, and the pattern's components."""
     if is_url(pattern) and (url := parse(pattern)).scheme != "file":
-        return _place(f"{url.origin}{url.query}"), _parts(url.path)
+        return place_at(f"{url.origin}{url.query}"), _parts(url.path)
     if is_url(pattern) or pattern.startswith("/"):
-        return _place("/"), _parts(parse(pattern).path if is_url(pattern) else pattern)
-    return _place(root or "."), _parts(pattern)
+        return place_at("/"), _parts(parse(pattern).path if is_url(pattern) else pattern)
+    return place_at(root or "."), _parts(pattern)
 
 
 def _matches(place: Place, parts: list[str]) -> list[fs.FileInfo]:
     """What has exactly this name, or else fits it as a glob: files and folders. Lists no more than the pattern needs."""
     exact = "/".join([place.path.rstrip("/"), *parts]) if parts else place.path
     name = place.below(exact)
-    info = _reach(name, lambda: place.files.get_file_info(exact))
+    info = reach(name, lambda: place.files.get_file_info(exact))
     if info.type != fs.FileType.NotFound:
         return [info]
     if not any(map(_has_magic, parts)):
@@ -237,29 +238,29 @@ def _matches(place: Place, parts: list[str]) -> list[fs.FileInfo]:
     folders = [place.path]
     for position, part in enumerate(parts):
         if part == "**":
-            inside = [(folder, info) for folder in folders for info in _list(place, folder, recursive=True)]
+            inside = [(folder, info) for folder in folders for info in entries(place, folder, recursive=True)]
             return [info for folder, info in inside if _fits(_parts(info.path[len(folder) :]), parts[position:])]
         if _has_magic(part):
-            found = [info for folder in folders for info in _list(place, folder) if _name_fits(_last(info.path), part)]
+            found = [info for folder in folders for info in entries(place, folder) if _name_fits(_last(info.path), part)]
             if position == len(parts) - 1:
                 return found
             folders = [info.path for info in found if info.type == fs.FileType.Directory]
         else:
             folders = [f"{folder.rstrip('/')}/{part}" for folder in folders]
-    return [info for info in _reach(name, lambda: place.files.get_file_info(folders)) if info.type != fs.FileType.NotFound]
+    return [info for info in reach(name, lambda: place.files.get_file_info(folders)) if info.type != fs.FileType.NotFound]
 
 
-def _list(place: Place, folder: str, recursive: bool = False) -> list[fs.FileInfo]:
+def entries(place: Place, folder: str, recursive: bool = False) -> list[fs.FileInfo]:
     """What is in a folder, or anywhere below it; nothing where it is not there."""
     is_local = isinstance(place.files, fs.LocalFileSystem)
     step_by_step = is_local or isinstance(place.files, fs.PyFileSystem)
     selector = fs.FileSelector(folder, allow_not_found=True, recursive=recursive and not step_by_step)
-    found: list[fs.FileInfo] = _reach(place.below(folder), lambda: _unless_a_file(place.files, selector))
+    found: list[fs.FileInfo] = reach(place.below(folder), lambda: _unless_a_file(place.files, selector))
     if not (recursive and step_by_step):
         return found
     # A link to a folder above would lead through the same files again and again.
     inner = [info.path for info in found if info.type == fs.FileType.Directory and not (is_local and _leads_back(info.path))]
-    return found + [info for path in inner for info in _list(place, path, recursive=True)]
+    return found + [info for path in inner for info in entries(place, path, recursive=True)]
 
 
 def _unless_a_file(files: fs.FileSystem, selector: fs.FileSelector) -> list[fs.FileInfo]:
@@ -274,6 +275,7 @@ def _leads_back(folder: str) -> bool:
     return os.path.islink(folder) and os.path.commonpath([target, here]) == target
 
 
-def _place(name: str) -> Place:
+def place_at(name: str) -> Place:
+    """A file system, and the path of this file or URL in it. Raises InputError."""
     with _in_one_line(name):
         return place_of(name)

@@ -18,10 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from pydantic import PositiveInt
 
-from ...datasets.durable import sync
 from ...datasets.schema import InputError, Section
 from ...datasets.storage.access import StorageError
 from ...embeddings.memory import free_host_memory
@@ -29,15 +27,13 @@ from ..distributed import Ranks
 from ..faults.reasons import RankFailure
 from ..faults.stages import stage
 from .manifest import WRITING, amend, commit, committed, joined, prune, step_name
-from .parts import State, dtype_of, is_sharded, local_parts, shape_of
-from .reader import own_name
-from .tensor_file import bytes_of, is_flat, write_tensors
+from .parts import State
+from .snapshot import Snapshot
+from .tensor_file import bytes_of, is_flat
 
 if TYPE_CHECKING:
     from ..nodes.mirror import Mirror
 
-FILE_BYTES = 256 << 20
-"""Of one file, unless a single row is larger: several are hashed at a time when they are read."""
 T = TypeVar("T")
 _SPARE = 1.25
 """Free memory, as a multiple of what is copied, below which a checkpoint is written while training waits."""
@@ -67,58 +63,6 @@ class Saved(NamedTuple):
     """How long the first rank's training stood still for it."""
     written_s: float
     """From the first byte to the commit."""
-
-
-class Snapshot(NamedTuple):
-    """What one rank saves."""
-
-    tensors: dict[str, torch.Tensor]
-    """By key."""
-    entries: dict[str, Any]
-    """Name to shape, dtype and parts, for the manifest."""
-
-    @classmethod
-    def of(cls, state: State, own: Mapping[str, torch.Tensor]) -> Snapshot:
-        tensors: dict[str, torch.Tensor] = {}
-        entries: dict[str, Any] = {}
-        shared = state.items() if dist.get_rank() == 0 else ((name, value) for name, value in state.items() if is_sharded(value))
-        for name, value in (*shared, *((own_name(name), tensor) for name, tensor in own.items())):
-            entry = entries.setdefault(name, {"shape": shape_of(value), "dtype": dtype_of(value), "parts": []})
-            for part in (piece for whole in local_parts(value) for piece in whole.cut(FILE_BYTES)):
-                key = f"{name}@{','.join(map(str, part.offsets))}"
-                tensors[key] = part.tensor.detach()
-                entry["parts"].append({"key": key, "offsets": part.offsets, "sizes": list(part.tensor.shape)})
-        return cls(tensors, entries)
-
-    @property
-    def bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
-    def write(self, folder: Path, rank: int) -> dict[str, Any]:
-        """Write this rank's files; returns its entry for the manifest."""
-        files: list[dict[str, torch.Tensor]] = [{}]
-        for key, tensor in self.tensors.items():
-            if files[-1] and sum(held.nbytes for held in files[-1].values()) + tensor.nbytes > FILE_BYTES:
-                files.append({})
-            files[-1][key] = tensor
-        facts: dict[str, Any] = {}
-        file_of: dict[str, str] = {}
-        synced = []
-        with ThreadPoolExecutor(1) as syncing:
-            for number, tensors in enumerate(files):
-                name = f"rank_{rank}.{number}.safetensors"
-                stage(f"writing {folder / name}")
-                size, digest = write_tensors(folder / name, tensors)
-                synced.append(syncing.submit(_sync, folder / name))
-                facts[name] = {"size": size, "sha256": digest}
-                file_of |= dict.fromkeys(tensors, name)
-            for task in synced:
-                task.result()
-        entries = {
-            name: {**entry, "parts": [{"file": file_of[part["key"]], **part} for part in entry["parts"]]}
-            for name, entry in self.entries.items()
-        }
-        return {"files": facts, "tensors": entries}
 
 
 class Saver:
@@ -307,11 +251,6 @@ class Saver:
         if not found:
             return "no checkpoint was committed before; mend this and start again"
         return f"{found[-1].name} is whole; mend this and go on with --resume"
-
-
-def _sync(path: Path) -> None:
-    stage(f"syncing {path}")
-    sync(path)
 
 
 def _make_anew(folder: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
+from ..nodes import last_words
 from ..nodes.bounded_store import BoundedStore
 from .places import is_in_collective, places_of_threads
 from .reasons import FAILURE, leave_reason
@@ -50,7 +51,8 @@ class Report(NamedTuple):
 
     def described(self, rank: int, seconds: float, is_silent: bool) -> str:
         silent = "without a sign of life, last " if is_silent else ""
-        return f"rank {rank} hangs: {seconds:.0f} s {silent}in '{self.stage}'" + (f" ({self.place})" if self.place else "")
+        where = last_words.on(self.host if last_words.host() else None)
+        return f"rank {rank}{where} hangs: {seconds:.0f} s {silent}in '{self.stage}'" + (f" ({self.place})" if self.place else "")
 
 
 class Seen(NamedTuple):

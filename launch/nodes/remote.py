@@ -17,7 +17,7 @@ from typing import TypeVar
 import pyarrow.fs as fs
 
 from ...datasets.schema import InputError
-from ...datasets.storage.access import StorageError, _list, _place, _reach, absolute, open_input
+from ...datasets.storage.access import StorageError, absolute, entries, open_input, place_at, reach
 from ...datasets.storage.filesystems import is_url, parse
 from ..faults.stages import stage
 
@@ -42,7 +42,7 @@ class RemoteFolder:
 
     def __init__(self, url: str) -> None:
         self.url = absolute(url)
-        self._root = _place(self.url)
+        self._root = place_at(self.url)
         # Others have no folders, but names with slashes; making one would leave an empty object.
         self._has_folders = not isinstance(self._root.files, fs.S3FileSystem | fs.GcsFileSystem)
 
@@ -138,7 +138,7 @@ class RemoteFolder:
         return posixpath.join(self._root.path, name) if name else self._root.path
 
     def _inside(self, name: str) -> list[fs.FileInfo]:
-        return self._converted(name, lambda: _list(self._root, self._path(name)))
+        return self._converted(name, lambda: entries(self._root, self._path(name)))
 
     @contextmanager
     def _replacing(self, name: str) -> Iterator[str]:
@@ -151,7 +151,7 @@ class RemoteFolder:
         self.move(name + WRITING, name)
 
     def _reach(self, name: str, action: Callable[[], T]) -> T:
-        return self._converted(name, lambda: _reach(self.url_of(name), lambda: _as_os_error(action)))
+        return self._converted(name, lambda: reach(self.url_of(name), lambda: _as_os_error(action)))
 
     def _converted(self, name: str, action: Callable[[], T]) -> T:
         try:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from triptych.launch import trainer as trainer_module
-from triptych.launch.checkpoints import manifest, reader, saver, tensor_file
+from triptych.launch.checkpoints import manifest, reader, saver, snapshot, tensor_file
 from triptych.launch.evaluations import Evaluations
 from triptych.launch.records import Records
 
@@ -103,7 +103,7 @@ class Executioner:
 
     def arm(self) -> None:
         """Have everything that reaches a point say so. It still does what it did."""
-        self._wrap(saver, "write_tensors", before=("file",), after=("file written",))
+        self._wrap(snapshot, "write_tensors", before=("file",), after=("file written",))
         self._wrap(saver, "commit", before=("commit",))
         self._wrap(saver, "prune", before=("prune",), name=self._prunes)
         self._wrap(manifest, "sync", before=("sync",))

@@ -19,7 +19,7 @@ import torch
 from tests.faults.kills import Executioner, Kill
 from triptych.datasets.batch import Batch
 from triptych.launch import train
-from triptych.launch.checkpoints import saver, tensor_file
+from triptych.launch.checkpoints import snapshot, tensor_file
 from triptych.launch.config import Recipe
 from triptych.launch.distributed import Ranks
 from triptych.launch.trainer import Trainer
@@ -82,7 +82,7 @@ class HuntedTrainer(Trainer):
 
 
 def main(campaign: dict[str, Any]) -> None:
-    saver.FILE_BYTES, tensor_file.BLOCK_BYTES = FILE_BYTES, BLOCK_BYTES
+    snapshot.FILE_BYTES, tensor_file.BLOCK_BYTES = FILE_BYTES, BLOCK_BYTES
     HuntedTrainer.campaign = campaign
     train.Trainer = HuntedTrainer  # type: ignore[misc]
     batch = campaign["global_batch"] // int(os.environ["WORLD_SIZE"])

@@ -12,7 +12,7 @@ import torch
 from tests.ranks import run_on_ranks
 from triptych.datasets.schema import InputError
 from triptych.embeddings.dynamic.slot_map import RowShard
-from triptych.launch.checkpoints import saver as saver_module
+from triptych.launch.checkpoints import snapshot
 from triptych.launch.checkpoints.manifest import committed
 from triptych.launch.checkpoints.reader import Reader
 from triptych.launch.checkpoints.saver import CheckpointSection, Saved, Saver
@@ -73,7 +73,7 @@ def fail_on_one(ranks: Ranks, folder: Path, error: Exception, background: bool) 
         raise error
 
     if ranks.rank == ranks.world_size - 1:
-        saver_module.write_tensors = cannot
+        snapshot.write_tensors = cannot
     with pytest.raises((InputError, RankFailure)) as raised:
         saver.save(2, state_of(ranks), {}, {})
         saver.wait()

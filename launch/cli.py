@@ -84,10 +84,11 @@ def inspect(
 ) -> None:
     """Profile parquet data in one pass, and suggest a recipe."""
     from .inspect import inspect as profile
+    from .writing import check_file
 
     for file in (out, json):
         if file is not None:
-            _check_output(file)
+            check_file(file)
     profile(path, out, json)
 
 
@@ -109,9 +110,10 @@ def plan(
     from .config import load_recipe
     from .plan import machine_like
     from .plan import plan as show_plan
+    from .writing import check_file
 
     if json is not None:
-        _check_output(json)
+        check_file(json)
     show_plan(load_recipe(recipe, set or []), machine_like(ranks, nodes, device, memory, host_memory), json)
 
 
@@ -161,8 +163,10 @@ def evaluate(
 ) -> None:
     """Metrics of a run on rows with labels."""
     folder = _check_run(run)
+    from .nodes.remote import check_output
+
     if json is not None:
-        _check_file_or_url(json)
+        check_output(json)
     _launch("evaluate", {"run": run, "data": data, "json": json}, ranks, folder)
 
 
@@ -175,7 +179,9 @@ def predict(
 ) -> None:
     """Predictions in input row order, one column a task."""
     folder = _check_run(run)
-    _check_file_or_url(out)
+    from .nodes.remote import check_output
+
+    check_output(out)
     _launch("predict", {"run": run, "data": data, "out": out}, ranks, folder)
 
 
@@ -245,25 +251,6 @@ def _check_run(run: str) -> Path:
     folder, at_url = located(run)
     read_recipe(folder, at_url)
     return folder
-
-
-def _check_file_or_url(out: str) -> None:
-    from .nodes.remote import check_output, is_remote, local_path
-
-    if is_remote(out):
-        check_output(out)
-    else:
-        _check_output(local_path(out))
-
-
-def _check_output(file: Path) -> None:
-    """The file can be written, which is better known before the work than after it."""
-    if file.is_dir():
-        raise InputError(f"{file} is a folder; give a file")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{file.parent}: cannot make the folder ({error.strerror})") from error
 
 
 def _launch(command: str, options: dict[str, object], ranks: int, folder: Path, restarts: int = 0) -> None:

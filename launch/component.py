@@ -19,13 +19,15 @@ ENVIRONMENT = {
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",
 }
 """Of torchrun and the ranks, where neither `env` nor the environment of this command say otherwise."""
+PORT = 29500
+"""Where nodes meet, unless the user or the job's number say otherwise."""
 
 
 def train(
     recipe: str,
     run: str,
     set: str = "",
-    resume: bool = False,
+    resume: str = "false",
     nodes: int = 1,
     ranks: int = 1,
     cpu: int = 2,
@@ -37,7 +39,7 @@ def train(
     env: Optional[Dict[str, str]] = None,
     max_retries: int = 0,
     restarts: int = 0,
-    rdzv_port: int = 29500,
+    rdzv_port: int = 0,
 ) -> specs.AppDef:
     """Train a recipe over nodes x ranks processes.
 
@@ -45,7 +47,7 @@ def train(
         recipe: recipe file as every node sees it, or the name of a bundled one
         run: run folder, on storage that every node sees, or a URL
         set: overrides, key=value, separated by semicolons
-        resume: go on from the last checkpoint of the run
+        resume: true to go on from the last checkpoint of the run; a job that its scheduler starts anew does so by itself
         nodes: number of nodes
         ranks: processes a node; one a GPU
         cpu: CPUs a node
@@ -57,9 +59,9 @@ def train(
         env: environment variables, A=1,B=2
         max_retries: how often the scheduler may start the job anew; it goes on from the last checkpoint. Kubernetes counts the first start
         restarts: how often torchrun may start the ranks again within the job, from the last checkpoint
-        rdzv_port: port of the first node where nodes meet
+        rdzv_port: port of the first node where nodes meet; 29500, and on Slurm one of this job, unless given
     """
-    stage = _train(recipe, run, set, resume or max_retries > 0)
+    stage = _train(recipe, run, set, resume)
     env = {"PET_MAX_RESTARTS": str(restarts), **(env or {})}  # as torchrun --max-restarts
     return _job("train", [stage], nodes, ranks, cpu, gpu, memMB, h, image, mounts, env, max_retries, rdzv_port)
 
@@ -67,7 +69,7 @@ def train(
 def evaluate(
     run: str, data: str, json: str = "", nodes: int = 1, ranks: int = 1, cpu: int = 2, gpu: int = 0, memMB: int = 4096,
     h: Optional[str] = None, image: str = "", mounts: Optional[List[str]] = None, env: Optional[Dict[str, str]] = None,
-    max_retries: int = 0, rdzv_port: int = 29500,
+    max_retries: int = 0, rdzv_port: int = 0,
 ) -> specs.AppDef:  # fmt: skip
     """Metrics of a run on data with labels.
 
@@ -85,7 +87,7 @@ def evaluate(
         mounts: as of train
         env: environment variables, A=1,B=2
         max_retries: how often the scheduler may start the job anew
-        rdzv_port: port of the first node where nodes meet
+        rdzv_port: port of the first node where nodes meet; 29500, and on Slurm one of this job, unless given
     """
     return _job("evaluate", [_evaluate(run, data, json)], nodes, ranks, cpu, gpu, memMB, h, image, mounts, env, max_retries, rdzv_port)
 
@@ -93,7 +95,7 @@ def evaluate(
 def predict(
     run: str, data: str, out: str, nodes: int = 1, ranks: int = 1, cpu: int = 2, gpu: int = 0, memMB: int = 4096,
     h: Optional[str] = None, image: str = "", mounts: Optional[List[str]] = None, env: Optional[Dict[str, str]] = None,
-    max_retries: int = 0, rdzv_port: int = 29500,
+    max_retries: int = 0, rdzv_port: int = 0,
 ) -> specs.AppDef:  # fmt: skip
     """Predictions of a run, one column a task, in input row order.
 
@@ -111,7 +113,7 @@ def predict(
         mounts: as of train
         env: environment variables, A=1,B=2
         max_retries: how often the scheduler may start the job anew
-        rdzv_port: port of the first node where nodes meet
+        rdzv_port: port of the first node where nodes meet; 29500, and on Slurm one of this job, unless given
     """
     stage = ["predict", "--run-dir", run, "--data", data, "--out", out]
     return _job("predict", [stage], nodes, ranks, cpu, gpu, memMB, h, image, mounts, env, max_retries, rdzv_port)
@@ -120,7 +122,7 @@ def predict(
 def export(
     run: str, out: str, nodes: int = 1, ranks: int = 1, cpu: int = 2, gpu: int = 0, memMB: int = 4096,
     h: Optional[str] = None, image: str = "", mounts: Optional[List[str]] = None, env: Optional[Dict[str, str]] = None,
-    max_retries: int = 0, rdzv_port: int = 29500,
+    max_retries: int = 0, rdzv_port: int = 0,
 ) -> specs.AppDef:  # fmt: skip
     """User and item vectors of a run, and a retrieval index.
 
@@ -137,7 +139,7 @@ def export(
         mounts: as of train
         env: environment variables, A=1,B=2
         max_retries: how often the scheduler may start the job anew
-        rdzv_port: port of the first node where nodes meet
+        rdzv_port: port of the first node where nodes meet; 29500, and on Slurm one of this job, unless given
     """
     return _job("export", [_export(run, out)], nodes, ranks, cpu, gpu, memMB, h, image, mounts, env, max_retries, rdzv_port)
 
@@ -152,6 +154,7 @@ def pipeline(
     source: str = "",
     prepared: str = "",
     set: str = "",
+    resume: str = "false",
     nodes: int = 1,
     ranks: int = 1,
     cpu: int = 2,
@@ -163,9 +166,9 @@ def pipeline(
     env: Optional[Dict[str, str]] = None,
     max_retries: int = 0,
     restarts: int = 0,
-    rdzv_port: int = 29500,
+    rdzv_port: int = 0,
 ) -> specs.AppDef:
-    """Prepare, train, evaluate and export in one job: stage after stage on the same nodes. Started anew, it goes on where it was.
+    """Prepare, train, evaluate and export in one job: stage after stage on the same nodes.
 
     Args:
         recipe: recipe file as every node sees it, or the name of a bundled one
@@ -175,8 +178,9 @@ def pipeline(
         out: folder for vectors and index; nothing is exported unless given
         prepare: name of a public log to prepare first, as of `triptych prepare`; its recipe then reads from `prepared`
         source: its raw files
-        prepared: folder for what is prepared
+        prepared: folder for what is prepared; files prepared before stay
         set: overrides, key=value, separated by semicolons
+        resume: true to go on from the last checkpoint of the run; a job that its scheduler starts anew does so by itself
         nodes: number of nodes
         ranks: processes a node; one a GPU
         cpu: CPUs a node
@@ -188,7 +192,7 @@ def pipeline(
         env: environment variables, A=1,B=2
         max_retries: how often the scheduler may start the job anew
         restarts: how often torchrun may start the ranks of a stage again within the job
-        rdzv_port: port of the first node where nodes meet; each stage takes the next one
+        rdzv_port: port of the first node where nodes meet, of the first stage; 29500, and on Slurm one of this job, unless given
     """
     if bool(prepare) != bool(source) or bool(prepare) != bool(prepared):
         raise ValueError("prepare, source and prepared go together: give all three or none")
@@ -196,7 +200,7 @@ def pipeline(
     if prepare:
         stages.append(["prepare", prepare, "--source", source, "--out", prepared])
         set = ";".join([f"data.root={prepared}", set])
-    stages += [_train(recipe, run, set, resume=True), _evaluate(run, data, json)]
+    stages += [[*_train(recipe, run, set, resume), "--evaluates-later", data], _evaluate(run, data, json)]
     if out:
         stages.append(_export(run, out))
     env = {"PET_MAX_RESTARTS": str(restarts), **(env or {})}
@@ -206,9 +210,11 @@ def pipeline(
 # Of each stage, the module and its arguments. --run-dir, not --run: torchrun would take that for its own --run-path.
 
 
-def _train(recipe: str, run: str, set: str, resume: bool) -> List[str]:
+def _train(recipe: str, run: str, set: str, resume: str) -> List[str]:
+    if resume.lower() not in ("true", "false"):
+        raise ValueError(f"resume: true or false, not {resume}")
     overrides = [part for override in set.split(";") if override for part in ("--set", override)]
-    return ["train", "--recipe", recipe, "--run-dir", run, *overrides, *(["--resume"] if resume else [])]
+    return ["train", "--recipe", recipe, "--run-dir", run, *overrides, *(["--resume"] if resume.lower() == "true" else [])]
 
 
 def _evaluate(run: str, data: str, json: str) -> List[str]:
@@ -227,24 +233,30 @@ def _job(
 
     TorchX starts the roles of a job together: with a role a stage, three of four would hold nodes only to wait.
     """
+    if min(nodes, ranks) < 1:
+        raise ValueError(f"nodes and ranks are at least 1, not {nodes} and {ranks}")
+    port = rdzv_port or PORT
     env = {**{name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}, **_revision(), **(env or {})}
     jobs = [
         # A store may outlive its stage on another node by a moment: the next stage meets elsewhere.
         ddp(
-            *args, m=f"triptych.launch.{module}", name=f"triptych/{name}", j=f"{nodes}x{ranks}", cpu=cpu, gpu=gpu, memMB=memMB, h=h,
-            image=image or ".", env=dict(env), max_retries=max_retries, rdzv_port=rdzv_port + number, mounts=mounts,
+            # $$: TorchX puts values of its own in place of ${...}.
+            *(arg.replace("$", "$$") for arg in args), m=f"triptych.launch.{module}", name=f"triptych/{name}", j=f"{nodes}x{ranks}",
+            cpu=cpu, gpu=gpu, memMB=memMB, h=h, image=image or ".", env=dict(env), max_retries=max_retries, rdzv_port=port + number,
+            mounts=mounts,
         )
         for number, (module, *args) in enumerate(stages)
     ]  # fmt: skip
     role = jobs[0].roles[0]
-    commands = [job.roles[0].args[1].removeprefix("torchrun ") for job in jobs]
+    own_port = "" if rdzv_port else "--port-of-job "
+    commands = [own_port + job.roles[0].args[1].removeprefix("torchrun ") for job in jobs]
     # This environment need not be active where the job starts. An image has its own.
     path = "" if image else f"PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; "
     launcher = "node" if len(commands) == 1 else "pipeline"
     # exec: signals of the scheduler go to the first process, and a shell would keep them to itself.
     role.args[1] = f"{path}exec python -m triptych.launch.{launcher} {' --then '.join(commands)}"
     role.name = name
-    role.port_map = {f"c10d-{number}" if number else "c10d": rdzv_port + number for number in range(len(jobs))}
+    role.port_map = {f"c10d-{number}" if number else "c10d": port + number for number in range(len(jobs))}
     jobs[0].name = name
     return jobs[0]
 

@@ -36,7 +36,10 @@ TIMEOUT_S = 1800.0
 """Until ranks that do not get on are ended, unless the recipe says otherwise."""
 BACKSTOP = timedelta(days=1)
 """Of one collective. The watchdog is earlier, and names who hangs; ranks may wait longer than its timeout for one that works."""
-LOST_A_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "remote process exited")
+LOST_A_PEER = (
+    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "remote process exited", "Failed to recv",
+    "Failed to send", "Connection was likely closed",
+)  # fmt: skip
 """Signs that another rank went first: the reason to tell is that one's."""
 SECONDS_BEHIND = 1.0
 """Until a rank ends that lost another: torchrun takes the first that it sees ended for the cause, and looks every 0.1 s."""
@@ -144,8 +147,11 @@ def process_group(timeout_s: float = TIMEOUT_S) -> Iterator[Ranks]:
     with Watchdog(rank, world_size, store, timeout_s):
         stage("joining the other ranks")
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=BACKSTOP)
-        yield Ranks(rank, world_size, local_rank, local_world_size, device)
+        ranks = Ranks(rank, world_size, local_rank, local_world_size, device)
+        yield ranks
         stage("leaving the other ranks")
+        # The first may work on alone, and schedulers and torchrun give the nodes minutes to end together.
+        ranks.all_gather(None)
         # Only after success: with work outstanding it may block, and a failing rank must first say why.
         dist.destroy_process_group()
 

@@ -16,7 +16,7 @@ from .distributed import process_group, run_rank  # noqa: E402
 from .faults.stages import stage  # noqa: E402
 from .inference import Split, given_files  # noqa: E402
 from .nodes.mirror import located  # noqa: E402
-from .nodes.remote import delivered  # noqa: E402
+from .nodes.remote import check_output, delivered  # noqa: E402
 from .nodes.visible import check_visible  # noqa: E402
 from .run_folder import files_of_run, load_run, read_fitted, read_recipe  # noqa: E402
 from .writing import write_json  # noqa: E402
@@ -31,6 +31,8 @@ def main(
         folder, at_url = located(run)
         recipe = read_recipe(folder, at_url)
         with process_group(recipe.train.timeout_s) as ranks:
+            if json is not None:
+                ranks.from_first(lambda: check_output(json))
             stage("listing files")
             schema = recipe.data_schema
             files = ranks.from_first(lambda: given_files(schema, data))

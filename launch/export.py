@@ -107,6 +107,8 @@ def export(run: Path, out: Path, ranks: Ranks, at_url: RunAtUrl | None = None) -
     recipe = read_recipe(run, at_url)
     if recipe.retrieval is None:
         raise InputError(f"{at_url or run}: its recipe has no [retrieval] section, so the model has no user and item vectors")
+    if out.is_file():
+        raise InputError(f"{out} is a file; export writes a folder: choose another --out")
     if out.exists() and not (out / FACTS).is_file() and any(out.iterdir()):
         raise InputError(f"{out} is not empty and holds no export; choose another --out")
     check_visible(ranks, folders=[out.absolute().parent], files=lambda: _files(run, recipe, at_url))

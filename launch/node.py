@@ -1,4 +1,4 @@
-"""The launcher on each node: python -m triptych.launch.node TORCHRUN_ARGUMENTS
+"""The launcher on each node: python -m triptych.launch.node [--port-of-job] TORCHRUN_ARGUMENTS
 
 It starts torchrun, shows what the ranks say, and ends with why they ended, as its last line and as its exit code: 0 done, 2 wrong
 input, 143 stopped and saved, 1 anything else.
@@ -30,6 +30,8 @@ PREFIX = "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"
 PREFIXED = ("--tee", "3")
 """Without it torchrun would leave away what tells the ranks' lines apart."""
 RESTARTS = "PET_MAX_RESTARTS"
+PORT_OF_JOB = "--port-of-job"
+_FIRST_PORT, _PORTS_A_JOB = 20000, 10
 SECONDS_FOR_LAST_LINES = 10.0
 """After torchrun's end, until lines that a process left behind may still write are given up."""
 
@@ -43,7 +45,7 @@ class Node:
     """
 
     def __init__(self, args: Sequence[str], scratch: Path) -> None:
-        self.args = args
+        self.args = _with_port_of_job(args)
         self.is_under_launcher = FAILURE_FILE in os.environ
         """A launcher above shows what is for the user; here all lines pass, and it is told how this ended."""
         self.failure_file = os.environ.get(FAILURE_FILE, str(scratch / "failure.json"))
@@ -85,6 +87,11 @@ class Node:
         end = self.attempts.end if code else None
         if end is None:
             end = self._end_without_words(code)
+        elif end.kind == "stopped" and self.attempts.host is not None and not self.asked:
+            # As it does where it lost the other nodes, or the place where they met.
+            end = Reason("lost", f"{end}: nobody asked, but torchrun ended its ranks", end.rank)
+        if end is not None and end.kind == "input":
+            _end_retries(self.args)
         if self.is_under_launcher:
             if end is not None:
                 leave_end(self.failure_file, end)
@@ -100,6 +107,8 @@ class Node:
             return None
         if self.asked:
             return Reason("stopped", "stopped as asked; a training goes on from its last checkpoint with --resume", 0)
+        if code < 0:
+            return Reason("lost", f"torchrun{on(self.attempts.host)} was killed by signal {-code} (out of memory?)", 0)
         _write(sys.stderr, "\n".join(self.attempts.tail))
         return Reason("lost", f"torchrun ended with {code}, and no rank said why; the last lines are above", 0)
 
@@ -130,6 +139,31 @@ def _option(args: Sequence[str], name: str) -> str | None:
         if given in ("-m", "--module"):  # what follows are the ranks' arguments
             return None
     return None
+
+
+def _with_port_of_job(args: Sequence[str]) -> list[str]:
+    """torchrun's arguments; on Slurm, whose jobs share nodes, with a port that no other of a thousand jobs uses."""
+    others = [arg for arg in args if arg != PORT_OF_JOB]
+    job, endpoint = _slurm_job(others), _option(others, "rdzv_endpoint") or ""
+    host, _, port = endpoint.rpartition(":")
+    if len(others) == len(args) or job is None or host == "localhost":
+        return others
+    of_job = f"{host}:{_FIRST_PORT + int(job) % 1000 * _PORTS_A_JOB + int(port) % _PORTS_A_JOB}"
+    return [of_job if arg == endpoint else arg for arg in others]
+
+
+def _slurm_job(args: Sequence[str]) -> str | None:
+    """The job's number, which is the same on all nodes as SLURM_JOB_ID is not."""
+    job = _option(args, "rdzv_id") or ""
+    return job if "SLURM_JOB_ID" in os.environ and job.isdigit() else None
+
+
+def _end_retries(args: Sequence[str]) -> None:
+    """Wrong input stays wrong: TorchX's script on Slurm would queue the job again after any failure."""
+    job = _slurm_job(args)
+    if job is not None:
+        with contextlib.suppress(OSError, subprocess.SubprocessError):  # then it is tried again
+            subprocess.run(["scontrol", "update", f"JobId={job}", "Requeue=0"], capture_output=True, timeout=30, check=False)
 
 
 def _restarts(args: Sequence[str]) -> int:

@@ -21,7 +21,7 @@ from .distributed import process_group, run_rank  # noqa: E402
 from .faults.stages import stage  # noqa: E402
 from .inference import entity_loader, given_files, predict_rows  # noqa: E402
 from .nodes.mirror import located  # noqa: E402
-from .nodes.remote import delivered  # noqa: E402
+from .nodes.remote import check_output, delivered  # noqa: E402
 from .nodes.visible import check_visible  # noqa: E402
 from .run_folder import files_of_run, load_run, read_fitted, read_recipe  # noqa: E402
 
@@ -35,6 +35,7 @@ def main(
         folder, at_url = located(run)
         recipe = read_recipe(folder, at_url)
         with process_group(recipe.train.timeout_s) as ranks:
+            ranks.from_first(lambda: check_output(out))
             stage("listing files")
             schema = recipe.data_schema
             paths = ranks.from_first(lambda: given_files(schema, data))

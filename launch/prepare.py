@@ -30,21 +30,28 @@ def prepare_once(name: str, source: Path, out: Path) -> None:
     Raises:
         InputError: as of prepare.
     """
-    facts = _facts(name, source)
-    if _facts_of(out) == facts:
+    facts = {"log": name, "source": _files(source)}
+    before = _facts_of(out)
+    if before is not None and before == facts | {"prepared": _prepared(out)}:
         say(f"{out}: was prepared before from the same files")
         return
+    (out / FACTS).unlink(missing_ok=True)
     try:
         counts = prepare(name, source, out, ProgressLines(f"prepare {name}", enabled=True))
     except OSError as error:
         raise InputError(f"{error.filename or out}: {error.strerror or error}") from error
-    write_json(out / FACTS, facts)
+    write_json(out / FACTS, facts | {"prepared": _prepared(out)})
     say(f"{out}: {', '.join(f'{kind} {count:,}' for kind, count in counts.items())}")
 
 
-def _facts(name: str, source: Path) -> dict[str, Any]:
-    files = sorted(path for path in source.rglob("*") if path.is_file())
-    return {"log": name, "source": {str(path.relative_to(source)): [path.stat().st_size, path.stat().st_mtime_ns] for path in files}}
+def _files(folder: Path) -> dict[str, list[int]]:
+    """Size and time of each."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+
+
+def _prepared(out: Path) -> dict[str, list[int]]:
+    return {name: facts for name, facts in _files(out).items() if name != FACTS}
 
 
 def _facts_of(out: Path) -> Any:

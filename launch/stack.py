@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import PackageNotFoundError, version
+
+from .faults.reasons import INPUT, leave_reason
 
 FITTING = {"2.13": "1.8", "2.12": "1.7", "2.11": "1.6"}
 """torch -> fbgemm-gpu and torchrec. Any other pair dies on import with an undefined symbol."""
@@ -50,5 +53,8 @@ def has_cuda_kernels() -> bool:
 def check() -> None:
     """Raises SystemExit with one line unless torch, torchrec and FBGEMM fit. Call it before importing any of them."""
     found = mismatch(_version("torch"), _version("torchrec"), _version("fbgemm-gpu-cpu"), _version("fbgemm-gpu"))
+    if found is not None and "TORCHELASTIC_RUN_ID" in os.environ:
+        leave_reason("input", found)
+        os._exit(INPUT)
     if found is not None:
         raise SystemExit(f"triptych: {found}")

@@ -18,9 +18,10 @@ from .checkpoints.start_from import checkpoint_to_start_from  # noqa: E402
 from .config import Recipe, load_recipe  # noqa: E402
 from .console import FAILURE_FILE, say  # noqa: E402
 from .distributed import machine_of_ranks, process_group, quiet_the_stack, run_rank  # noqa: E402
-from .faults.reasons import STOPPED, attempt, job_was_started_before, leave_reason  # noqa: E402
+from .faults.reasons import STOPPED, attempt, leave_reason  # noqa: E402
 from .faults.stages import stage  # noqa: E402
-from .inference import check_data, split_files  # noqa: E402
+from .inference import check_data, given_files, split_files  # noqa: E402
+from .nodes.facts import RUN_FILE, is_of_this_job  # noqa: E402
 from .nodes.mirror import Mirror, located  # noqa: E402
 from .nodes.remote import is_remote  # noqa: E402
 from .nodes.visible import check_visible  # noqa: E402
@@ -45,13 +46,15 @@ def main(
     run: Annotated[str, typer.Option("--run", "--run-dir")],
     set: Annotated[list[str] | None, typer.Option()] = None,
     resume: Annotated[bool, typer.Option("--resume")] = False,
+    evaluates_later: Annotated[str | None, typer.Option()] = None,
 ) -> None:
-    resumes = resume or job_was_started_before()
-
     def work() -> None:
         quiet_the_stack()
         folder, at_url = located(str(run))
-        resolved, goes_on = load_recipe(recipe, set or []), resumes or attempt() > 0
+        resolved = load_recipe(recipe, set or [])
+        if at_url is not None:
+            at_url.fetch(RUN_FILE)
+        goes_on = resume or attempt() > 0 or is_of_this_job(folder)
         if at_url is not None and goes_on:
             at_url.fetch("plan.json")
         # What does not fit is refused before the ranks wait for each other.
@@ -59,19 +62,23 @@ def main(
         with process_group(resolved.train.timeout_s) as ranks:
             # Of several nodes, those that joined again without a failure of their own did not count it.
             restarts = max(ranks.all_gather(attempt()))
+            resumes = ranks.from_first(lambda: goes_on) or restarts > 0
             folders = [] if at_url else [folder]
-            check_visible(ranks, folders=folders, files=lambda: _files_to_read(resolved, starts=not (resumes or restarts)))
+            check_visible(ranks, folders=folders, files=lambda: _files_to_read(resolved, starts=not resumes))
             if ranks.is_first:
                 if restarts and (FAILURE_FILE not in os.environ or not attempt()):  # else the launcher says so, and why
                     say(f"restart {restarts}: going on from the last checkpoint")
                 stage("checking the data")
                 check_data(resolved)
+                if evaluates_later is not None:  # better known now than after the training
+                    given_files(resolved.data_schema, evaluates_later)
             mirror = Mirror(at_url, ranks) if at_url else None
-            trainer = Trainer(resolved, folder, ranks, resume=resumes or restarts > 0, plan=plan, mirror=mirror)
+            trainer = Trainer(resolved, folder, ranks, resume=resumes, plan=plan, mirror=mirror)
             is_whole = trainer.fit()
         if not is_whole:
             leave_reason("stopped", f"stopped at step {trainer.step} as asked, and saved; go on with --resume")
-            sys.exit(STOPPED)
+            sys.stdout.flush()
+            os._exit(STOPPED)  # threads may still ask a store that is gone
 
     run_rank(work)
 

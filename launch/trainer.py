@@ -86,7 +86,8 @@ class Trainer:
         self.saver.prepare({**model_state(self.built), **optimizer_state(self.built)})
         self.progress = ProgressLines("train", ranks.is_first)
         if ranks.is_first:
-            save_recipe(recipe, run / "recipe.toml")
+            if not self.finished:
+                save_recipe(recipe, run / "recipe.toml")
             if not goes_on:
                 self.fitted.save(run)
             write_json(run / "plan.json", self.built.plan.described())
@@ -104,6 +105,8 @@ class Trainer:
         Returns:
             False if it was asked to stop before: it saved, and goes on from there with `resume`.
         """
+        if self.ranks.is_first and self.finished:
+            say(f"the run is finished at step {self.step}: nothing to train")
         if self.ranks.is_first and not self.finished and self.section.warmup_steps >= self._total_steps():
             say(f"train.warmup_steps = {self.section.warmup_steps} is longer than the training of {self._total_steps()} steps")
         while not self.finished:

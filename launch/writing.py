@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,3 +39,19 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """As write_text."""
     write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def check_file(file: Path) -> None:
+    """The file can be written, which is better known before the work than after it.
+
+    Raises:
+        InputError: it cannot.
+    """
+    if file.is_dir():
+        raise InputError(f"{file} is a folder; give a file")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{file.parent}: cannot make the folder ({error.strerror})") from error
+    if not os.access(file.parent, os.W_OK):
+        raise InputError(f"{file.parent}: cannot write there")

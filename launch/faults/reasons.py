@@ -52,11 +52,6 @@ def attempt() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
-def job_was_started_before() -> bool:
-    """Whether the scheduler starts this job anew, as after the loss of a node, and says so."""
-    return int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0 or int(os.environ.get("AWS_BATCH_JOB_ATTEMPT", "1")) > 1
-
-
 def _path(failure_file: str | Path, number: int | str) -> Path:
     return Path(f"{failure_file}.{number}")
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import sys
+import traceback
+from types import TracebackType
 
-from .reasons import FAILURE, end_if_final
+from .reasons import FAILURE, end_if_final, leave_reason
 
 _PR_SET_PDEATHSIG = 1
 
@@ -23,4 +26,13 @@ def start_rank() -> None:
     """Under torchrun, end with it: a rank must not train on beside the run that takes its place. And end if trying again is of no use."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
+        sys.excepthook = _leave_reason
         end_if_final()
+
+
+def _leave_reason(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Of what fails before the rank's work begins: an import, above all."""
+    traceback.print_exception(kind, error, trace)
+    leave_reason("failure", f"{kind.__name__}: {error}")
+    sys.stderr.flush()
+    os._exit(FAILURE)

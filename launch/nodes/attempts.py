@@ -16,7 +16,9 @@ _FAILED = re.compile(r"failed \(exitcode: (?P<code>-?\d+)\) local_rank: (?P<rank
 """What torchrun logs at the end of an attempt, of the first rank that it saw fail."""
 _KILLED = re.compile(r"rank\s*: (?P<rank>\d+) [^\n]*\n[^\n]*exitcode\s*: -(?P<signal>(?!15\b)\d+)")
 """A killed rank in torchrun's report, which may call the rank that lost it the root cause. SIGTERM is torchrun's own doing."""
-_STACK = re.compile(r"(\[rank\d+\]:)?\[[WEI]\d{4} [\d:.]+ \S+\.(cpp|cc|hpp|h):\d+\]|frame #\d+: |Exception raised from |$")
+_STACK = re.compile(
+    r"(\[rank\d+\]:)?\[[WEI]\d{4} [\d:.]+ \S+\.(cpp|cc|hpp|h):\d+\]|frame #\d+: |<omitting python frames>|Exception raised from |$"
+)
 """Of torch's C++ parts, in a rank that loses another, or waits for one: a stack of many lines, and no word to the user."""
 
 

@@ -34,6 +34,7 @@ from typing import Any
 import torch
 
 from ...datasets.schema import InputError
+from ...embeddings.control_groups import num_cores
 from ..checkpoints.reader import digest_of
 from ..distributed import Ranks
 from ..writing import write_json
@@ -45,6 +46,7 @@ SCHEDULER = (
     "SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_RESTART_COUNT", "TORCHX_JOB_ID", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT",
     "AWS_BATCH_JOB_ID", "AWS_BATCH_JOB_ATTEMPT",
 )  # fmt: skip
+JOB = "TORCHX_JOB_ID"
 PACKAGES = ("triptych", "torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "torchx", "pyarrow", "numpy")
 _ROOT = Path(__file__).parents[2]
 _GIT_SECONDS = 20
@@ -91,6 +93,12 @@ def starts(run: Path) -> list[dict[str, Any]]:
         raise InputError(f"{path}: cannot be read ({error}); restore it, or move it away") from error
 
 
+def is_of_this_job(run: Path) -> bool:
+    """Whether the run's last start was of this very job: its scheduler starts it anew, as after the loss of a node."""
+    job, found = os.environ.get(JOB), starts(run)
+    return job is not None and bool(found) and found[-1]["scheduler"].get(JOB) == job
+
+
 def versions() -> dict[str, str | None]:
     """Of Python, the packages that are there, and CUDA; null where torch has none."""
     found: dict[str, str | None] = {"python": platform.python_version()}
@@ -127,7 +135,7 @@ def _of_this_rank(ranks: Ranks) -> dict[str, Any]:
         "host": socket.gethostname(),
         "local_rank": ranks.local_rank,
         "pid": os.getpid(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": num_cores(),
         "device": torch.cuda.get_device_name(ranks.device) if is_gpu else cpu_model(),
     }
 

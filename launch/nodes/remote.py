@@ -20,6 +20,7 @@ from ...datasets.schema import InputError
 from ...datasets.storage.access import StorageError, absolute, entries, open_input, place_at, reach
 from ...datasets.storage.filesystems import is_url, parse
 from ..faults.stages import stage
+from ..writing import check_file
 
 BLOCK_BYTES = 8 << 20
 """Of one request that reads."""
@@ -190,16 +191,19 @@ def _split(url: str) -> tuple[str, str]:
     return f"{parts.origin}{folder}{parts.query}", name
 
 
-def check_output(url: str) -> None:
-    """What is written there at the end will be: better known before the work than after it.
+def check_output(out: str) -> None:
+    """The file, or what is at the URL, can be written: better known before the work than after it.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: it cannot.
     """
-    folder, name = _split(url)
+    if not is_remote(out):
+        check_file(local_path(out))
+        return
+    folder, name = _split(out)
     remote = RemoteFolder(folder)
     if not name:
-        raise InputError(f"{url}: no name to write there")
+        raise InputError(f"{out}: no name to write there")
     remote.write(b"", f"{name}.probe")
     remote.delete(f"{name}.probe")
 

@@ -69,6 +69,12 @@ def check_visible(ranks: Ranks, *, folders: Sequence[Path] = (), files: Callable
 
 
 def _ask(folders: Sequence[Path], names: Iterable[str | Path]) -> Asked:
+    texts = [str(name) for name in names]
+    servers = {parse(name).origin: name for name in texts if is_url(name)}  # one of each: asking for all would take long
+    try:
+        files = [File(name, os.stat(name).st_size, _digest(name)) for name in texts if not is_url(name)]
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from error
     probes = []
     for folder in folders:
         probe = folder / f"{PROBE}{uuid.uuid4().hex}"
@@ -78,18 +84,20 @@ def _ask(folders: Sequence[Path], names: Iterable[str | Path]) -> Asked:
         except OSError as error:
             raise InputError(f"{folder}: cannot write there ({error.strerror})") from error
         probes.append(probe)
-    texts = [str(name) for name in names]
-    servers = {parse(name).origin: name for name in texts if is_url(name)}  # one of each: asking for all would take long
-    try:
-        files = [File(name, os.stat(name).st_size, _digest(name)) for name in texts if not is_url(name)]
-    except OSError as error:
-        raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from error
     return Asked(socket.gethostname(), probes, files, list(servers.values()))
 
 
 def _problem(asked: Asked) -> str | None:
     """What this node does not see."""
-    here, deadline = socket.gethostname(), time.monotonic() + SECONDS_TO_APPEAR
+    here = socket.gethostname()
+    try:
+        return _difference(asked, here)
+    except OSError as error:
+        return f"{error.filename}: node {here} cannot read this path of node {asked.node} ({error.strerror}); {ADVICE}"
+
+
+def _difference(asked: Asked, here: str) -> str | None:
+    deadline = time.monotonic() + SECONDS_TO_APPEAR
     for probe in asked.probes:
         if not _appears(probe, deadline):
             if probe.parent.is_dir():
@@ -98,10 +106,7 @@ def _problem(asked: Asked) -> str | None:
     for file in asked.files:
         if not _appears(Path(file.name), deadline):
             return f"{file.name}: node {here} does not see this file of node {asked.node}; {ADVICE}"
-        try:
-            size, digest = os.stat(file.name).st_size, _digest(file.name)
-        except OSError as error:
-            return f"{file.name}: node {here} cannot read this file of node {asked.node} ({error.strerror}); {ADVICE}"
+        size, digest = os.stat(file.name).st_size, _digest(file.name)
         if size != file.size:
             return f"{file.name}: {size} bytes on node {here}, {file.size} on node {asked.node}; bring the same files to both, or {ADVICE}"
         if digest != file.digest:

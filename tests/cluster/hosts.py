@@ -22,6 +22,16 @@ NETWORK = "10.77.0"
 HEAD = "head"
 _FIRST_PROCESS = "trap : TERM; echo up; while sleep 1000 & wait; do :; done"
 """Waits for what others leave behind, as the first process of a machine does."""
+_UNSHARE = ["unshare", "--net", "--uts", "--ipc", "--pid", "--mount", "--mount-proc", "--fork", "--kill-child"]
+_ALL_THAT_IS_NEEDED = """set -e
+hostname probe
+mount --bind /etc/hosts /etc/hosts
+ip link set lo up
+ip link add name bridge0 type bridge
+ip link add name wire0 type veth peer name wire1
+tc qdisc add dev wire0 root tbf rate 1mbit burst 16kb latency 50ms
+nft add table inet loss
+"""
 
 
 def why_not() -> str | None:
@@ -31,10 +41,8 @@ def why_not() -> str | None:
         return f"needs {', '.join(missing)} (Debian: apt-get install iproute2 util-linux nftables)"
     if os.geteuid() != 0:
         return "needs root, to make network namespaces"
-    allowed = subprocess.run(
-        ["unshare", "--net", "--uts", "--pid", "--mount", "--fork", "true"], capture_output=True, text=True, check=False
-    )
-    return f"cannot make namespaces: {allowed.stderr.strip()}" if allowed.returncode else None
+    allowed = subprocess.run([*_UNSHARE, "sh", "-c", _ALL_THAT_IS_NEEDED], capture_output=True, text=True, check=False)
+    return f"cannot make hosts of namespaces: {allowed.stderr.strip()}" if allowed.returncode else None
 
 
 class Host:
@@ -46,20 +54,7 @@ class Host:
 
     def __init__(self, name: str, address: str, hosts_file: Path) -> None:
         self.name, self.address, self.hosts_file = name, address, hosts_file
-        command = [
-            "unshare",
-            "--net",
-            "--uts",
-            "--ipc",
-            "--pid",
-            "--mount",
-            "--mount-proc",
-            "--fork",
-            "--kill-child",
-            "sh",
-            "-c",
-            _FIRST_PROCESS,
-        ]
+        command = [*_UNSHARE, "sh", "-c", _FIRST_PROCESS]
         self.keeper = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
         assert self.keeper.stdout is not None and self.keeper.stdout.readline() == b"up\n"
         children = Path(f"/proc/{self.keeper.pid}/task/{self.keeper.pid}/children").read_text().split()

@@ -127,6 +127,8 @@ def builder() -> Iterator[Builder]:
         pytest.skip(f"needs {', '.join(missing)} (Debian: apt-get install buildah debootstrap)")
     if os.geteuid() != 0:
         pytest.skip("needs root, to build an image on a bare Debian")
+    if subprocess.run(["unshare", "--mount", "--net", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("needs to make namespaces")
     with tempfile.TemporaryDirectory(prefix="triptych_image_") as folder:
         builder = Builder(Path(folder))
         builder.make_base()

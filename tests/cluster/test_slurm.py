@@ -90,9 +90,28 @@ def test_the_pipeline_is_one_job(slurm: Slurm, recipe: Path, here: Path, tmp_pat
 
 
 def test_wrong_input_is_the_last_thing_said(slurm: Slurm, recipe: Path, tmp_path: Path) -> None:
-    job = submit(slurm, tmp_path / "jobs", "train", recipe=recipe, run=tmp_path / "run", set="tasks.ctr.label=nothing")
-    job.wait_for(lambda: job.state == "", "the job ends")
+    job = submit(slurm, tmp_path / "jobs", "train", recipe=recipe, run=tmp_path / "run", set="tasks.ctr.label=nothing", max_retries=3)
+    job.wait_for(lambda: job.state == "", "the job ends, and is not queued again")
     for replica in (0, 1):
         last = (tmp_path / "jobs" / f"slurm-{job.id}-train-{replica}.err").read_text().strip().splitlines()[-1]
         assert "triptych: " in last and "nothing" in last and "train.parquet" in last, job.log
     assert "FAILED" in torchx(slurm, tmp_path / "jobs", "status", job.handle)
+
+
+def test_a_finished_run_is_left_alone(slurm: Slurm, recipe: Path, here: Path, tmp_path: Path) -> None:
+    """Another job does not go on with it by itself, though it may be retried."""
+    before = {path: path.read_bytes() for path in (here / "run").glob("*.*") if path.is_file()}
+    job = submit(slurm, tmp_path / "jobs", "train", recipe=recipe, run=here / "run", set="train.lr=0.5", max_retries=1)
+    job.wait_for(lambda: job.state == "", "the job ends, and is not queued again")
+    assert f"triptych: {here / 'run'} already holds a trained run; add --resume to go on with it" in job.log
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_jobs_share_nodes(slurm: Slurm, recipe: Path, tmp_path: Path) -> None:
+    """The first one's end leaves the other alone."""
+    jobs = [
+        submit(slurm, tmp_path / f"jobs_{number}", "train", recipe=recipe, run=tmp_path / f"run_{number}", set=f"train.epochs={epochs}")
+        for number, epochs in enumerate((1, 12))
+    ]
+    for job in jobs:
+        job.succeeds()

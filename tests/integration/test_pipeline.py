@@ -39,7 +39,7 @@ def test_from_raw_files_to_metrics(tmp_path: Path) -> None:
     said = (first.stdout + first.stderr).replace("pipeline/0 ", "")
     assert f"[0]:{tmp_path / 'log'}: train.parquet 900, valid.parquet 100, test.parquet 100" in said
 
-    again = run_pipeline(tmp_path, **args)
+    again = run_pipeline(tmp_path, **args, resume="true")
     assert again.returncode == 0, again.stdout + again.stderr
     said = (again.stdout + again.stderr).replace("pipeline/0 ", "")
     assert f"[0]:{tmp_path / 'log'}: was prepared before from the same files" in said

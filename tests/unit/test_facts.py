@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from tests.command import ROOT
 from triptych.datasets.schema import InputError
 from triptych.launch.nodes.bounded_store import BoundedStore
-from triptych.launch.nodes.facts import REVISION, cpu_model, revision, starts, versions
+from triptych.launch.nodes.facts import REVISION, cpu_model, is_of_this_job, revision, starts, versions
 
 
 def git(root: Path, *args: str) -> str:
@@ -99,3 +100,14 @@ def test_warnings_are_one_line_with_the_stage() -> None:
         "warning in 'training step 7': UserWarning: first second (<string>:1)",
         "warning in 'training step 7': third fourth (some)",
     ]
+
+
+def test_a_job_that_is_started_anew_knows_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHX_JOB_ID", "slurm://torchx/7")
+    assert not is_of_this_job(tmp_path)
+    start = lambda job: {"scheduler": {"TORCHX_JOB_ID": job} if job else {}}  # noqa: E731
+    for jobs, is_own in ((["slurm://torchx/7"], True), (["slurm://torchx/7", "slurm://torchx/8"], False), ([None], False)):
+        (tmp_path / "run.json").write_text(json.dumps({"starts": [start(job) for job in jobs]}))
+        assert is_of_this_job(tmp_path) is is_own
+    monkeypatch.delenv("TORCHX_JOB_ID")
+    assert not is_of_this_job(tmp_path)

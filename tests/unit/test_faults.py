@@ -17,6 +17,7 @@ from triptych.launch.console import FAILURE_FILE
 from triptych.launch.faults import meeting
 from triptych.launch.faults.places import place_of, places_of_threads
 from triptych.launch.faults.reasons import RankFailure, end_if_final, leave_reason, reason_of
+from triptych.launch.faults.stages import stage
 from triptych.launch.faults.watchdog import Report, culprits
 from triptych.launch.follow import Followed
 from triptych.launch.nodes.attempts import Attempts, is_for_the_user
@@ -60,6 +61,7 @@ class TestReasons:
         leave_reason(kind, message)  # type: ignore[arg-type]
 
     def test_of_an_attempt_the_first_counts(self, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        stage("starting")
         self.fail(monkeypatch, 0, "failure", "disk\n is gone", rank=1)
         self.fail(monkeypatch, 0, "failure", "peer is gone", rank=0)
         found = reason_of(file, 0)

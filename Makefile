@@ -57,10 +57,10 @@ test: install
 	$(BIN)/python -m pytest -m "not long" --ignore=tests/cluster
 
 test-long: install
-	$(BIN)/python -m pytest --ignore=tests/cluster
+	$(BIN)/python -m pytest
 
 test-cluster: install
-	$(BIN)/python -m pytest tests/cluster
+	$(BIN)/python -m pytest -m "not long" tests/cluster
 
 bench: install
 	$(BIN)/python -m tests.benchmarks.reading

@@ -136,7 +136,6 @@ def builder() -> Iterator[Builder]:
         yield builder
 
 
-@pytest.mark.long
 def test_configuration_is_what_schedulers_expect(builder: Builder) -> None:
     inspected: Any = json.loads(builder.call("inspect", IMAGE))
     config = inspected["Docker"]["config"]
@@ -148,7 +147,6 @@ def test_configuration_is_what_schedulers_expect(builder: Builder) -> None:
     assert "NVIDIA_VISIBLE_DEVICES" not in env
 
 
-@pytest.mark.long
 def test_a_change_of_code_keeps_the_large_layer(builder: Builder) -> None:
     made = [layer["created_by"] for layer in json.loads(builder.call("inspect", IMAGE))["Docker"]["history"]]
     (torch,) = [number for number, command in enumerate(made) if "make torch" in command]
@@ -156,7 +154,6 @@ def test_a_change_of_code_keeps_the_large_layer(builder: Builder) -> None:
     assert torch < code
 
 
-@pytest.mark.long
 def test_image_trains_as_a_scheduler_starts_it(builder: Builder) -> None:
     with builder.container() as inside:
         assert "Usage: triptych" in run(*inside, "triptych", "--help")

@@ -86,6 +86,7 @@ def killed(command: list[str], s3: fs.FileSystem, *, first: bool) -> str:
         return process.communicate(timeout=SECONDS)[0]
 
 
+@pytest.mark.long
 def test_a_run_on_s3_equals_one_on_disk_through_kills(
     s3: fs.FileSystem, log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -77,7 +77,9 @@ def with_ipv6_alone(hosts: Hosts) -> str:
     return "n1"
 
 
-@pytest.mark.parametrize("trap", [named_localhost_and_as_a_bridge, without_names, with_ipv6_alone])
+@pytest.mark.parametrize(
+    "trap", [named_localhost_and_as_a_bridge, *(pytest.param(trap, marks=pytest.mark.long) for trap in (without_names, with_ipv6_alone))]
+)
 def test_hosts_whose_names_mislead(trap: Callable[[Hosts], str], recipe: Path, on_one: Path, tmp_path: Path) -> None:
     with Hosts(["n1", "n2"]) as hosts:
         endpoint = trap(hosts)

@@ -54,7 +54,7 @@ def steps_per_second(run: Path) -> float:
     return statistics.median(record["rows_per_second"] for record in records if "rows_per_second" in record) / (2 * BATCH)
 
 
-@pytest.mark.parametrize("rate", ["10mbit", "2mbit", pytest.param("500kbit", marks=pytest.mark.long)])
+@pytest.mark.parametrize("rate", ["10mbit", *(pytest.param(rate, marks=pytest.mark.long) for rate in ("2mbit", "500kbit"))])
 def test_slow(rate: str, hosts: list[Host], recipe: Path, undisturbed: Path, tmp_path: Path, report: Callable[[str], None]) -> None:
     for host in hosts:
         host.slow(rate)

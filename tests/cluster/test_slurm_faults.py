@@ -12,7 +12,6 @@ import pytest
 
 from tests.cluster.jobs import Job, submit
 from tests.cluster.slurm import Slurm, why_not
-from tests.command import succeeds
 from tests.faults.campaign import Campaign, assert_equal_runs
 from tests.small import write_log
 from triptych.launch.checkpoints.manifest import committed, step_of
@@ -124,7 +123,7 @@ def test_a_signal_before_preemption(slurm: Slurm, training: Training, report: Ca
 
 
 def test_cancelled(slurm: Slurm, training: Training, report: Callable[[str], None]) -> None:
-    """It saves first, is not queued again, and goes on with `--resume`."""
+    """It saves first, is not queued again, and goes on with `--resume true`."""
     training.reach(35)
     training.job.torchx("cancel", training.job.handle)
     took = training.job.wait_for(lambda: training.job.state == "", "the job ends")
@@ -134,9 +133,6 @@ def test_cancelled(slurm: Slurm, training: Training, report: Callable[[str], Non
     # TorchX 0.7 cannot read this state, "CANCELLED by UID": its own status command fails.
     state = lambda: slurm.user("sacct", "-n", "-X", "-j", training.job.id, "-o", "State%20").split()  # noqa: E731
     training.job.wait_for(lambda: state()[:1] == ["CANCELLED"], "accounting knows it", 30)
-    succeeds("train", "--recipe", training.recipe, "--run", training.folder / "run", "--ranks", 2, "--resume", *_set(SETTINGS))
+    args = {"recipe": training.recipe, "run": training.folder / "run", "set": ";".join(SETTINGS), "resume": "true"}
+    submit(slurm, training.folder / "jobs", "train", **args).succeeds()
     assert_equal_runs(training.folder / "run", training.undisturbed)
-
-
-def _set(settings: list[str]) -> list[str]:
-    return [part for setting in settings for part in ("--set", setting)]

@@ -122,6 +122,7 @@ def test_a_recipe(hosts: Hosts, log: Path, tmp_path: Path, hidden: list[Path]) -
     assert str(folder / "small.toml") in said and said.endswith("(on n2)")
 
 
+@pytest.mark.long
 def test_runs_that_others_use(hosts: Hosts, log: Path, tmp_path: Path, hidden: list[Path]) -> None:
     """A run that is evaluated, one that a new one starts from, and the folder of an export."""
     (storage := tmp_path / "storage").mkdir()

@@ -15,10 +15,13 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import IO, TextIO
+
+import psutil
 
 from .console import FAILURE_FILE, FROM_LAUNCHER
 from .faults.reasons import EXIT_CODES, FAILURE, Reason, leave_end
@@ -32,6 +35,9 @@ PREFIXED = ("--tee", "3")
 RESTARTS = "PET_MAX_RESTARTS"
 PORT_OF_JOB = "--port-of-job"
 _FIRST_PORT, _PORTS_A_JOB = 20000, 10
+SECONDS_WITHOUT_RANKS = 30.0
+"""After the last rank's end, until torchrun is ended too."""
+_SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_FOR_LAST_LINES = 10.0
 """After torchrun's end, until lines that a process left behind may still write are given up."""
 
@@ -66,10 +72,21 @@ class Node:
             readers = [threading.Thread(target=self._read, args=(*stream, log), daemon=True) for stream in streams]
             for reader in readers:
                 reader.start()
-            code = torchrun.wait()
+            code = self._wait(torchrun)
             for reader in readers:
                 reader.join(SECONDS_FOR_LAST_LINES)
         return self._end(code)
+
+    def _wait(self, torchrun: subprocess.Popen[bytes]) -> int:
+        """Until it ends. Where the host of the rendezvous lost power, it waits for that host for minutes after its ranks have ended."""
+        had_ranks = time.monotonic()
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return torchrun.wait(_SECONDS_BETWEEN_LOOKS)
+            if not self.attempts.is_over or _has_children(torchrun.pid):
+                had_ranks = time.monotonic()
+            elif time.monotonic() - had_ranks > SECONDS_WITHOUT_RANKS:
+                torchrun.kill()
 
     def _read(self, pipe: IO[bytes], out: TextIO, log: TextIO) -> None:
         """Pass a stream on, line by line, without what is not for the user."""
@@ -164,6 +181,14 @@ def _end_retries(args: Sequence[str]) -> None:
     if job is not None:
         with contextlib.suppress(OSError, subprocess.SubprocessError):  # then it is tried again
             subprocess.run(["scontrol", "update", f"JobId={job}", "Requeue=0"], capture_output=True, timeout=30, check=False)
+
+
+def _has_children(pid: int) -> bool:
+    """Whether they live: whoever is stuck does not bury the others."""
+    try:
+        return any(child.status() != psutil.STATUS_ZOMBIE for child in psutil.Process(pid).children())
+    except psutil.NoSuchProcess:  # it ended meanwhile
+        return False
 
 
 def _restarts(args: Sequence[str]) -> int:

@@ -11,14 +11,14 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
 from ..nodes import last_words
-from ..nodes.bounded_store import BoundedStore
+from ..nodes.bounded_store import BoundedStore, NoAnswer
 from .places import is_in_collective, places_of_threads
 from .reasons import FAILURE, leave_reason
 from .stages import current_stage, last_progress
@@ -28,6 +28,8 @@ GRACE_AFTER_SIGTERM_S = 60.0
 """Without progress for so long after it was asked to stop, a run will not come to save."""
 _MOST_SECONDS_BETWEEN_BEATS = 5.0
 _SECONDS_TO_ANSWER = 5.0
+_LOST_AFTER = 1 / 6
+"""Of the timeout, until a host without a sign of life is lost: 300 s of 1800, as schedulers allow a node."""
 _LISTED = 8
 
 
@@ -92,7 +94,9 @@ def collectives_entered() -> int:
 class Watchdog:
     """Watches this rank and, through a store, the others, while the context is open.
 
-    It ends the run when no rank has entered a stage for `timeout_s` seconds: a rank that waits for one that works is left alone.
+    It ends the run when no rank has entered a stage for `timeout_s` seconds: a rank that waits for one that works is left alone. And, where
+    ranks are on several hosts, when those of another host give no sign of life for a sixth of it: a host that loses power tells nobody,
+    and who only waits for its messages would wait on.
 
     Args:
         store: of these ranks alone; not used where there is one rank.
@@ -104,7 +108,8 @@ class Watchdog:
         self.store = BoundedStore(dist.PrefixStore("watchdog", store), _SECONDS_TO_ANSWER) if self.others else None
         started, parent = _start_and_parent(os.getpid())
         self.identity = {"host": socket.gethostname(), "pid": os.getpid(), "parent": parent, "started": started}
-        self.beat, self.floor = 0, time.monotonic()
+        self.beat = 0
+        self.floor = self.answered = time.monotonic()
         self.seen: dict[int, Seen] = {}
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -124,12 +129,14 @@ class Watchdog:
             now = time.monotonic()
             if now - awake > 4 * seconds:
                 # This process itself, or the machine, stood still: nobody could get on.
-                self.floor, self.seen = now, {}
-            awake = now
+                self.floor, self.answered, self.seen = now, now, {}
             own = self._own(now)
             self._publish(own)
             if own.seconds > 2 * seconds:
+                self._read(time.monotonic())
+                self._look_for_lost_hosts(time.monotonic())
                 self._look(own, time.monotonic())
+            awake = time.monotonic()  # what the store takes to answer is not counted
         self._publish(self._own(time.monotonic())._replace(has_ended=True))
 
     def _own(self, now: float) -> Report:
@@ -142,38 +149,59 @@ class Watchdog:
 
     def _publish(self, own: Report) -> None:
         if self.store is not None:
-            try:
+            with self._answering():
                 self.store.set(str(self.rank), json.dumps(own))
-            except RuntimeError:  # whoever kept it is gone; what is left to watch is this rank
-                self.store = None
 
     def _read(self, now: float) -> None:
         """Take in the other ranks' reports; those that never came are left out."""
-        if self.store is None:
-            self.seen = {}
-            return
+        if self.store is not None:
+            with self._answering():
+                for rank in self.others:
+                    if self.store.check(str(rank)):
+                        report = Report(*json.loads(self.store.get(str(rank))))
+                        if rank not in self.seen or self.seen[rank].report.beat != report.beat:
+                            self.seen[rank] = Seen(report, now)
+
+    @contextlib.contextmanager
+    def _answering(self) -> Iterator[None]:
+        """Calls of the store. Without an answer what is left to watch is this rank."""
         try:
-            for rank in self.others:
-                if self.store.check(str(rank)):
-                    report = Report(*json.loads(self.store.get(str(rank))))
-                    if rank not in self.seen or self.seen[rank].report.beat != report.beat:
-                        self.seen[rank] = Seen(report, now)
+            yield
+            self.answered = time.monotonic()
+        except NoAnswer:
+            self.seen = {}
         except RuntimeError:
             self.store, self.seen = None, {}
 
     def _limit(self) -> float:
         return self.timeout_s if asked_at() is None else min(self.timeout_s, GRACE_AFTER_SIGTERM_S)
 
+    def _look_for_lost_hosts(self, now: float) -> None:
+        """End the run if another host, or the store on one, gave no sign of life for too long."""
+        seconds = max(self.timeout_s * _LOST_AFTER, 3 * self.seconds_between_beats)
+        own_host, several = self.identity["host"], last_words.host() is not None
+        silent = {rank: seen for rank, seen in self.seen.items() if now - seen.at >= seconds and not seen.report.has_ended}
+        elsewhere = {rank: seen.report.host for rank, seen in silent.items() if seen.report.host != own_host}
+        if several and now - self.answered >= seconds:
+            found = f"the store where ranks met, on {os.environ.get('MASTER_ADDR')}, gave no answer"
+        elif several and elsewhere:
+            found = f"{last_words.named(elsewhere)} gave no sign of life"
+        else:
+            return
+        try:
+            leave_reason("lost", f"{found} for {seconds:.0f} s: that host is lost, or the network to it")
+        finally:
+            os._exit(FAILURE)
+
     def _look(self, own: Report, now: float) -> None:
         """End the run if no rank got on for too long."""
-        self._read(now)
         limit = self._limit()
         watched = {self.rank: Seen(own, now)} | {rank: seen for rank, seen in self.seen.items() if not seen.report.has_ended}
         if all(seen.seconds(now) >= limit for seen in watched.values()):
             silent_s = max(limit / 2, 3 * self.seconds_between_beats)  # others may not have been asked, and beat slower
             silent = {rank for rank, seen in watched.items() if now - seen.at >= silent_s}
             why = f"if that was work, raise train.timeout_s ({self.timeout_s:g})" if limit == self.timeout_s else "it was asked to stop"
-            if self.others and self.store is None:
+            if self.others and now - self.answered > 3 * self.seconds_between_beats:
                 why = f"the store where ranks met, on {os.environ.get('MASTER_ADDR')}, does not answer: that node is gone, or the network"
             self._end(watched, silent, now, why)
 

@@ -68,6 +68,13 @@ class Attempts:
         return f"{cause}; restarting all ranks from the last checkpoint (restart {self.failed} of {self.restarts})"
 
     @property
+    def is_over(self) -> bool:
+        """Whether a rank has said why it ended, and no attempt is left, or it would be of no use."""
+        number = min(self.failed, self.restarts)
+        reason = reason_of(self.failure_file, number)
+        return reason is not None and (reason.is_final or number == self.restarts)
+
+    @property
     def end(self) -> Reason | None:
         """Why the last attempt ended: as a rank of this node or another said it, or as torchrun reports it."""
         number = min(self.failed, self.restarts)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as NoAnswer
+from concurrent.futures import TimeoutError as TookTooLong
 from typing import Any
 
 
+class NoAnswer(RuntimeError):
+    """None yet: whoever keeps the store may be gone, or the network for a while."""
+
+
 class BoundedStore:
-    """A client of its own of a TCPStore, whose calls raise RuntimeError after `seconds` without an answer.
+    """A client of its own of a TCPStore, whose calls raise NoAnswer after `seconds`, and any other RuntimeError where its keeper is gone.
 
     The store's timeout is of waiting for keys alone. Where the node that keeps it lost power, `check` and `get` of TCPStore were seen to
     wait for as long as the kernel sends again, a quarter of an hour.
@@ -22,8 +26,8 @@ class BoundedStore:
     def _call(self, function: Callable[..., Any], *args: Any) -> Any:
         try:
             return self.caller.submit(function, *args).result(self.seconds)
-        except NoAnswer as error:
-            raise RuntimeError(f"the store where ranks met gave no answer for {self.seconds:g} s") from error
+        except TookTooLong as error:
+            raise NoAnswer(f"the store where ranks met gave no answer for {self.seconds:g} s") from error
 
     def set(self, key: str, value: str) -> None:
         self._call(self.store.set, key, value)

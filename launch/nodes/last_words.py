@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from .bounded_store import BoundedStore
@@ -24,6 +25,13 @@ def host() -> str | None:
 
 def on(host: str | None) -> str:
     return f" on {host}" if host else ""
+
+
+def named(host_of_rank: Mapping[int, str]) -> str:
+    """Some ranks, for the user: ranks 0, 1 on n1."""
+    ranks, hosts = sorted(host_of_rank), sorted({host for host in host_of_rank.values() if host})
+    listed = ", ".join(map(str, ranks[:_LISTED])) + (", ..." if len(ranks) > _LISTED else "")
+    return f"rank{'s' if len(ranks) > 1 else ''} {listed}{on(', '.join(hosts))}"
 
 
 def share(store: Any, rank: int, world_size: int) -> None:
@@ -80,10 +88,7 @@ class _Shared:
     def silent(self) -> str | None:
         try:
             ranks = [rank for rank in range(self.world_size) if not self.store.check(f"alive/{rank}")]
-            hosts = sorted({self.store.get(f"host/{rank}") for rank in ranks})
+            hosts = {rank: self.store.get(f"host/{rank}") for rank in ranks}
         except RuntimeError:
             return None
-        if not ranks:
-            return None
-        listed = ", ".join(map(str, ranks[:_LISTED])) + (", ..." if len(ranks) > _LISTED else "")
-        return f"rank{'s' if len(ranks) > 1 else ''} {listed}{on(', '.join(filter(None, hosts)))}"
+        return named(hosts) if hosts else None

@@ -17,11 +17,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-TOOLS = ("unshare", "nsenter", "ip", "tc", "nft")
+TOOLS = ("unshare", "setpriv", "nsenter", "ip", "tc", "nft")
 NETWORK = "10.77.0"
 HEAD = "head"
 _FIRST_PROCESS = "trap : TERM; echo up; while sleep 1000 & wait; do :; done"
 """Waits for what others leave behind, as the first process of a machine does."""
+_WITH_THIS_PROCESS = ["setpriv", "--pdeathsig", "KILL"]
+"""Also where it is killed: no host outlives the tests."""
 _UNSHARE = ["unshare", "--net", "--uts", "--ipc", "--pid", "--mount", "--mount-proc", "--fork", "--kill-child"]
 _ALL_THAT_IS_NEEDED = """set -e
 hostname probe
@@ -54,7 +56,7 @@ class Host:
 
     def __init__(self, name: str, address: str, hosts_file: Path) -> None:
         self.name, self.address, self.hosts_file = name, address, hosts_file
-        command = [*_UNSHARE, "sh", "-c", _FIRST_PROCESS]
+        command = [*_WITH_THIS_PROCESS, *_UNSHARE, "sh", "-c", _FIRST_PROCESS]
         self.keeper = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
         assert self.keeper.stdout is not None and self.keeper.stdout.readline() == b"up\n"
         children = Path(f"/proc/{self.keeper.pid}/task/{self.keeper.pid}/children").read_text().split()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.hosts import NETWORK, Host, Hosts, why_not
+from tests.cluster.hosts import NETWORK, Host, Hosts
 from tests.cluster.launches import Launch
 from tests.faults.campaign import Campaign, assert_equal_runs
 from tests.small import write_log
@@ -18,14 +18,6 @@ NAMES = ["n1", "n2", "n3"]
 ADDRESSES = {name: f"{NETWORK}.{11 + number}" for number, name in enumerate(NAMES)}
 SAVE_EVERY = 5
 SETTINGS = ["train.timeout_s=60", f"checkpoint.every_steps={SAVE_EVERY}", "checkpoint.keep=2"]
-
-
-@pytest.fixture(scope="module")
-def hosts() -> Iterator[Hosts]:
-    if reason := why_not():
-        pytest.skip(reason)
-    with Hosts(NAMES) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

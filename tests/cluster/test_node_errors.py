@@ -10,18 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.hosts import Hosts, why_not
+from tests.cluster.hosts import Hosts
 from tests.cluster.launches import Ended, Launch
 from tests.small import write_log
 from triptych.launch.nodes.facts import starts
-
-
-@pytest.fixture(scope="module")
-def hosts() -> Iterator[Hosts]:
-    if reason := why_not():
-        pytest.skip(reason)
-    with Hosts(["n1", "n2"]) as both:
-        yield both
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.jobs import Job
-from tests.cluster.slurm import Slurm, why_not
+from tests.cluster.slurm import Slurm
 from tests.small import write_log
 
 ROOT = Path(__file__).parents[2]
@@ -23,18 +23,14 @@ def commands(begin: str, shared: Path) -> list[str]:
     return lines
 
 
-def test_from_laptop_to_slurm(tmp_path: Path) -> None:
-    if reason := why_not():
-        pytest.skip(reason)
+def test_from_laptop_to_slurm(slurm: Slurm, tmp_path: Path) -> None:
     shared = tmp_path / "shared"
     write_log(shared).rename(shared / "shop.toml")
-    (tmp_path / "slurm").mkdir()
-    with Slurm(tmp_path / "slurm") as slurm:
-        for command in commands("On a laptop:", shared):
-            subprocess.run(command, shell=True, check=True, cwd=ROOT, env=slurm.env, timeout=180)
-        for number, command in enumerate(commands("On Slurm,", shared), 1):
-            printed = slurm.head.run("bash", "-c", f"cd {ROOT} && {command}", env=slurm.env, timeout=180)
-            Job(slurm, shared / f"job-{number}", printed.strip().splitlines()[-1]).succeeds()
+    for command in commands("On a laptop:", shared):
+        subprocess.run(command, shell=True, check=True, cwd=ROOT, env=slurm.env, timeout=180)
+    for number, command in enumerate(commands("On Slurm,", shared), 1):
+        printed = slurm.head.run("bash", "-c", f"cd {ROOT} && {command}", env=slurm.env, timeout=180)
+        Job(slurm, shared / f"job-{number}", printed.strip().splitlines()[-1]).succeeds()
     laptop, cluster = (json.loads((shared / name).read_text()) for name in ("laptop.json", "run.json"))
     assert cluster["tasks"]["ctr"]["auc"] == pytest.approx(laptop["tasks"]["ctr"]["auc"], rel=1e-5)
     assert sorted(path.name for path in (shared / "run_vectors").iterdir()) == sorted(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +10,10 @@ import numpy as np
 import pytest
 
 from tests.cluster.jobs import submit, torchx
-from tests.cluster.slurm import Slurm, why_not
+from tests.cluster.slurm import Slurm
 from tests.command import succeeds
 from tests.small import write_log
 from triptych.embeddings.vectors import read_all
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    if reason := why_not():
-        pytest.skip(reason)
-    with Slurm(tmp_path_factory.mktemp("slurm")) as cluster:
-        yield cluster
 
 
 @pytest.fixture(scope="module")
@@ -113,5 +104,5 @@ def test_jobs_share_nodes(slurm: Slurm, recipe: Path, tmp_path: Path) -> None:
         submit(slurm, tmp_path / f"jobs_{number}", "train", recipe=recipe, run=tmp_path / f"run_{number}", set=f"train.epochs={epochs}")
         for number, epochs in enumerate((1, 12))
     ]
-    for job in jobs:
-        job.succeeds()
+    ends = [job.succeeds().slurm.user("sacct", "-n", "-X", "-j", job.id, "-o", "End").split()[0] for job in jobs]
+    assert ends[0] < ends[1]

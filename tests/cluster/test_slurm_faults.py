@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.cluster.jobs import Job, submit
-from tests.cluster.slurm import Slurm, why_not
+from tests.cluster.slurm import Slurm
 from tests.faults.campaign import Campaign, assert_equal_runs
 from tests.small import write_log
 from triptych.launch.checkpoints.manifest import committed, step_of
 
 COMPONENT = Path(__file__).parent / "component.py"
 SAVE_EVERY, STEPS, BATCH = 10, 157, 64
-SETTINGS = [f"checkpoint.every_steps={SAVE_EVERY}", "checkpoint.keep=2"]
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    if reason := why_not():
-        pytest.skip(reason)
-    with Slurm(tmp_path_factory.mktemp("slurm")) as cluster:
-        yield cluster
+SETTINGS = [f"checkpoint.every_steps={SAVE_EVERY}", "checkpoint.keep=2", "train.timeout_s=180"]
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +89,7 @@ def kill_all(slurm: Slurm) -> None:
 
 
 def power_off(slurm: Slurm) -> None:
-    """The node says nothing more; it is switched on again at once."""
+    """The node says nothing more, and is back at once: too soon for Slurm, so the rank that it leaves behind must find out."""
     slurm.hosts["n2"].off()
     slurm.hosts.switch_on("n2")
     slurm.start_node("n2")

@@ -187,8 +187,10 @@ def test_a_stop_before_training_has_nothing_to_save(log: Path, tmp_path: Path) -
 
 def test_kill_9_leaves_no_rank(log: Path, tmp_path: Path) -> None:
     with training(log, tmp_path / "run") as started:
+        assert len(processes(tmp_path / "run")) > 2
         os.kill(started.process.pid, signal.SIGKILL)
         wait_until(lambda: not processes(tmp_path / "run"), "all gone")
+        assert started.process.wait() == -signal.SIGKILL
 
 
 @pytest.mark.long

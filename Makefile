@@ -53,8 +53,11 @@ $(STAMP): $(TORCH_STAMP) pyproject.toml
 demo: install
 	$(BIN)/triptych demo --run runs/demo
 
+# Processes that run tests, a file at a time. Each may start three ranks, of half a gigabyte.
+TEST_JOBS ?= 2
+
 test: install
-	$(BIN)/python -m pytest -m "not long" --ignore=tests/cluster
+	$(BIN)/python -m pytest -m "not long" --ignore=tests/cluster -n $(TEST_JOBS) --dist loadfile
 
 test-long: install
 	$(BIN)/python -m pytest

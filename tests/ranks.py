@@ -17,6 +17,8 @@ import torch.distributed as dist
 from triptych.launch.distributed import Ranks, quiet_the_stack
 
 TIMEOUT_SECONDS = 240
+PRELOADED = ["triptych.launch.trainer"]
+"""What nearly all ranks import, for seconds: once, in the process of which they are forks."""
 
 
 def run_on_ranks(world_size: int, work: Callable[..., Any], *args: Any, timeout: float = TIMEOUT_SECONDS) -> list[Any]:
@@ -27,9 +29,11 @@ def run_on_ranks(world_size: int, work: Callable[..., Any], *args: Any, timeout:
     Raises:
         AssertionError: a rank failed (with its traceback), exited with a code, or took longer than `timeout` seconds.
     """
-    context = get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    environ = dict(os.environ)
     with tempfile.TemporaryDirectory() as folder:
-        processes = [context.Process(target=_rank, args=(rank, world_size, folder, work, args)) for rank in range(world_size)]
+        processes = [context.Process(target=_rank, args=(rank, world_size, folder, environ, work, args)) for rank in range(world_size)]
         for process in processes:
             process.start()
         for process in processes:
@@ -45,8 +49,10 @@ def run_on_ranks(world_size: int, work: Callable[..., Any], *args: Any, timeout:
         return [pickle.loads((Path(folder) / f"result_{rank}").read_bytes()) for rank in range(world_size)]  # noqa: S301
 
 
-def _rank(rank: int, world_size: int, folder: str, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _rank(rank: int, world_size: int, folder: str, environ: dict[str, str], work: Callable[..., Any], args: tuple[Any, ...]) -> None:
     try:
+        os.environ.clear()  # a test's, not those with which the server was started
+        os.environ.update(environ)
         quiet_the_stack()
         torch.set_num_threads(1)
         store = dist.FileStore(os.path.join(folder, "store"), world_size)

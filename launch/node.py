@@ -28,14 +28,13 @@ from .faults.reasons import EXIT_CODES, FAILURE, Reason, leave_end
 from .faults.start import end_with_parent
 from .nodes.attempts import Attempts, is_for_the_user
 from .nodes.last_words import on
+from .nodes.slurm import end_retries, option, with_port_of_job
 
 PREFIX = "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"
 PREFIXED = ("--tee", "3")
 """Without it torchrun would leave away what tells the ranks' lines apart."""
 RESTARTS = "PET_MAX_RESTARTS"
-PORT_OF_JOB = "--port-of-job"
-_FIRST_PORT, _PORTS_A_JOB = 20000, 10
-SECONDS_WITHOUT_RANKS = 30.0
+SECONDS_WITHOUT_RANKS = 15.0
 """After the last rank's end, until torchrun is ended too."""
 _SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_FOR_LAST_LINES = 10.0
@@ -51,11 +50,11 @@ class Node:
     """
 
     def __init__(self, args: Sequence[str], scratch: Path) -> None:
-        self.args = _with_port_of_job(args)
+        self.args = with_port_of_job(args)
         self.is_under_launcher = FAILURE_FILE in os.environ
         """A launcher above shows what is for the user; here all lines pass, and it is told how this ended."""
         self.failure_file = os.environ.get(FAILURE_FILE, str(scratch / "failure.json"))
-        several = _option(args, "nnodes") not in (None, "1", "1:1")
+        several = option(args, "nnodes") not in (None, "1", "1:1")
         self.attempts = Attempts(self.failure_file, _restarts(args), socket.gethostname() if several else None)
         self.log = scratch / "torchrun.log"
         self.asked: list[int] = []
@@ -108,7 +107,7 @@ class Node:
             # As it does where it lost the other nodes, or the place where they met.
             end = Reason("lost", f"{end}: nobody asked, but torchrun ended its ranks", end.rank)
         if end is not None and end.kind == "input":
-            _end_retries(self.args)
+            end_retries(self.args)
         if self.is_under_launcher:
             if end is not None:
                 leave_end(self.failure_file, end)
@@ -147,42 +146,6 @@ class Node:
                 signal.signal(number, handler)
 
 
-def _option(args: Sequence[str], name: str) -> str | None:
-    """What torchrun is told with an option."""
-    for option, value in zip(args, [*args[1:], ""], strict=True):
-        given, _, inline = option.partition("=")
-        if given.startswith("--") and given[2:].replace("-", "_") == name:
-            return inline or value
-        if given in ("-m", "--module"):  # what follows are the ranks' arguments
-            return None
-    return None
-
-
-def _with_port_of_job(args: Sequence[str]) -> list[str]:
-    """torchrun's arguments; on Slurm, whose jobs share nodes, with a port that no other of a thousand jobs uses."""
-    others = [arg for arg in args if arg != PORT_OF_JOB]
-    job, endpoint = _slurm_job(others), _option(others, "rdzv_endpoint") or ""
-    host, _, port = endpoint.rpartition(":")
-    if len(others) == len(args) or job is None or host == "localhost":
-        return others
-    of_job = f"{host}:{_FIRST_PORT + int(job) % 1000 * _PORTS_A_JOB + int(port) % _PORTS_A_JOB}"
-    return [of_job if arg == endpoint else arg for arg in others]
-
-
-def _slurm_job(args: Sequence[str]) -> str | None:
-    """The job's number, which is the same on all nodes as SLURM_JOB_ID is not."""
-    job = _option(args, "rdzv_id") or ""
-    return job if "SLURM_JOB_ID" in os.environ and job.isdigit() else None
-
-
-def _end_retries(args: Sequence[str]) -> None:
-    """Wrong input stays wrong: TorchX's script on Slurm would queue the job again after any failure."""
-    job = _slurm_job(args)
-    if job is not None:
-        with contextlib.suppress(OSError, subprocess.SubprocessError):  # then it is tried again
-            subprocess.run(["scontrol", "update", f"JobId={job}", "Requeue=0"], capture_output=True, timeout=30, check=False)
-
-
 def _has_children(pid: int) -> bool:
     """Whether they live: whoever is stuck does not bury the others."""
     try:
@@ -193,7 +156,7 @@ def _has_children(pid: int) -> bool:
 
 def _restarts(args: Sequence[str]) -> int:
     """How often torchrun is told to start ranks again."""
-    return int(_option(args, "max_restarts") or os.environ.get(RESTARTS, "0"))
+    return int(option(args, "max_restarts") or os.environ.get(RESTARTS, "0"))
 
 
 def _write(out: TextIO, line: str) -> None:

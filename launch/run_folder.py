@@ -6,7 +6,6 @@ recipe.toml  fitted/  plan.json  run.json  metrics.jsonl  tensorboard/  checkpoi
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import socket
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from ..datasets.durable import sync
 from ..datasets.fitted import Fitted
 from ..datasets.schema import InputError
 from .build import Built, build, load_model
-from .checkpoints.manifest import committed, step_name
+from .checkpoints.manifest import chosen_step, committed, step_name, step_of
 from .checkpoints.reader import Reader
 from .config import Recipe, difference, load_recipe, meaning
 from .distributed import Ranks
@@ -123,13 +122,10 @@ def read_fitted(run: Path, recipe: Recipe, ranks: Ranks, at_url: RunAtUrl | None
 
 
 def chosen_checkpoint(run: Path) -> Path:
-    """The best checkpoint of a finished run, or the newest of one that goes on."""
-    found = committed(run / "checkpoints")
-    try:
-        best = run / "checkpoints" / step_name(json.loads((run / "result.json").read_text(encoding="utf-8"))["step"])
-    except (OSError, ValueError, KeyError):
-        return found[-1]
-    return best if best in found else found[-1]
+    """As chosen_step has it."""
+    result = run / "result.json"
+    step = chosen_step([step_of(path) for path in committed(run / "checkpoints")], result.read_bytes() if result.is_file() else b"")
+    return run / "checkpoints" / step_name(step)
 
 
 def files_of_run(run: Path) -> list[Path]:

@@ -92,6 +92,19 @@ def committed(checkpoints: Path) -> list[Path]:
     return sorted((path for path in checkpoints.glob("step_*") if re.fullmatch(r"step_\d+", path.name)), key=step_of)
 
 
+def chosen_step(steps: Sequence[int], result: bytes) -> int:
+    """Of the steps of a run's checkpoints, in ascending order: the best of a finished run, or the newest of one that goes on.
+
+    Args:
+        result: what is in result.json; nothing where it is not there.
+    """
+    try:
+        best = json.loads(result)["step"]
+    except (ValueError, KeyError, TypeError):
+        return steps[-1]
+    return best if best in steps else steps[-1]
+
+
 def commit(writing: Path, folder: Path, manifest: str) -> None:
     """Give a written checkpoint its manifest and its name."""
     path = writing / MANIFEST

@@ -11,7 +11,6 @@ What the URL has counts. A node's folder spares what need not be fetched again, 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -23,7 +22,7 @@ from typing import Any, TypeVar
 
 from ...datasets.schema import InputError
 from ...datasets.storage.access import StorageError
-from ..checkpoints.manifest import DAMAGED, MANIFEST, WRITING, Damaged, read_manifest, signed, step_name
+from ..checkpoints.manifest import DAMAGED, MANIFEST, WRITING, Damaged, chosen_step, read_manifest, signed, step_name
 from ..checkpoints.reader import digest_of
 from ..distributed import Ranks
 from ..faults.stages import stage
@@ -73,13 +72,9 @@ class RunAtUrl:
         sizes = self.remote.sizes([f"{CHECKPOINTS}/{step_name(step)}/{MANIFEST}" for step in found])
         return [step for step, size in zip(found, sizes, strict=True) if size is not None]
 
-    def chosen_step(self, steps: Sequence[int]) -> int:
-        """Of some, the best of a finished run, or the newest of one that goes on."""
-        try:
-            best = json.loads(self.remote.read("result.json") or b"")["step"]
-        except (ValueError, KeyError, TypeError):
-            return steps[-1]
-        return best if best in steps else steps[-1]
+    def chosen_step(self) -> int:
+        """Of its checkpoints, as the function of this name has it."""
+        return chosen_step(self.steps(), self.remote.read("result.json") or b"")
 
     def fetch(self, name: str) -> None:
         """Bring a file to this node; what is not there is not here afterwards."""
@@ -179,7 +174,7 @@ class Mirror:
 
     def fetch_chosen(self) -> Path:
         """The best checkpoint of a finished run, or the newest of one that goes on. Collective."""
-        return self.fetch(self._from_first(lambda: self.run.chosen_step(self.run.steps())))
+        return self.fetch(self._from_first(self.run.chosen_step))
 
     def _fetch_share(self, folder: Path) -> None:
         """This rank's of the files that its node lacks."""

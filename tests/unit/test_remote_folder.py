@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from triptych.datasets.schema import InputError
 from triptych.datasets.storage.access import StorageError
+from triptych.launch.checkpoints.manifest import chosen_step
 from triptych.launch.nodes import remote as remote_module
 from triptych.launch.nodes.mirror import CACHE, RunAtUrl, located
 from triptych.launch.nodes.remote import RemoteFolder, check_folder, check_output, deliver, delivered, is_remote, local_path
@@ -135,6 +136,11 @@ def test_committed_steps_are_those_with_a_manifest() -> None:
         files.pipe(f"{base}/checkpoints/{name}", b"{}")
     run = RunAtUrl(base)
     assert run.steps() == [9, 10]
-    assert run.chosen_step([9, 10]) == 10
+    assert run.chosen_step() == 10
     files.pipe(f"{base}/result.json", b'{"step": 9}')
-    assert run.chosen_step([9, 10]) == 9 and run.chosen_step([10]) == 10
+    assert run.chosen_step() == 9
+
+
+@pytest.mark.parametrize("result", [b"", b"{", b"[]", b"{}", b'{"step": 9}', b'{"step": "10"}', b'{"step": [10]}'])
+def test_without_a_best_step_that_is_there_the_newest_is_chosen(result: bytes) -> None:
+    assert chosen_step([8, 10], result) == 10

@@ -60,7 +60,7 @@ test: install
 	$(BIN)/python -m pytest -m "not long" --ignore=tests/cluster -n $(TEST_JOBS) --dist loadfile
 
 test-long: install
-	$(BIN)/python -m pytest
+	TRIPTYCH_TEST_RANKS=spawn $(BIN)/python -m pytest
 
 test-cluster: install
 	$(BIN)/python -m pytest -m "not long" tests/cluster

@@ -36,6 +36,8 @@ PREFIXED = ("--tee", "3")
 RESTARTS = "PET_MAX_RESTARTS"
 SECONDS_WITHOUT_RANKS = 15.0
 """After the last rank's end, until torchrun is ended too."""
+SECONDS_TO_MEET_AGAIN = 660.0
+"""The same, where ranks may be started again: torchrun waits 600 s for the other nodes, or longer where the place to meet is gone."""
 _SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_FOR_LAST_LINES = 10.0
 """After torchrun's end, until lines that a process left behind may still write are given up."""
@@ -78,14 +80,20 @@ class Node:
 
     def _wait(self, torchrun: subprocess.Popen[bytes]) -> int:
         """Until it ends. Where the host of the rendezvous lost power, it waits for that host for minutes after its ranks have ended."""
-        had_ranks = time.monotonic()
+        had_ranks, told = time.monotonic(), None
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return torchrun.wait(_SECONDS_BETWEEN_LOOKS)
-            if not self.attempts.is_over or _has_children(torchrun.pid):
+            reason, is_over = self.attempts.left
+            if reason is None or _has_children(torchrun.pid):
                 had_ranks = time.monotonic()
-            elif time.monotonic() - had_ranks > SECONDS_WITHOUT_RANKS:
+                continue
+            seconds = time.monotonic() - had_ranks
+            if seconds > (SECONDS_WITHOUT_RANKS if is_over else SECONDS_TO_MEET_AGAIN):
                 torchrun.kill()
+            elif seconds > SECONDS_WITHOUT_RANKS and told != reason:
+                told = reason
+                _write(sys.stdout, f"{FROM_LAUNCHER}{reason}; waiting for all nodes to start their ranks again")
 
     def _read(self, pipe: IO[bytes], out: TextIO, log: TextIO) -> None:
         """Pass a stream on, line by line, without what is not for the user."""

@@ -5,6 +5,7 @@ recipe.toml  fitted/  plan.json  run.json  metrics.jsonl  tensorboard/  checkpoi
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -123,8 +124,10 @@ def read_fitted(run: Path, recipe: Recipe, ranks: Ranks, at_url: RunAtUrl | None
 
 def chosen_checkpoint(run: Path) -> Path:
     """As chosen_step has it."""
-    result = run / "result.json"
-    step = chosen_step([step_of(path) for path in committed(run / "checkpoints")], result.read_bytes() if result.is_file() else b"")
+    result = b""
+    with contextlib.suppress(OSError):  # the run goes on
+        result = (run / "result.json").read_bytes()
+    step = chosen_step([step_of(path) for path in committed(run / "checkpoints")], result)
     return run / "checkpoints" / step_name(step)
 
 

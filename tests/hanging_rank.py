@@ -75,6 +75,24 @@ def asked(ranks: Ranks, timeout_s: float) -> None:
     dist.barrier()
 
 
+def still(ranks: Ranks, timeout_s: float) -> None:
+    """The processes of the second node stand still."""
+    dist.barrier()
+    if os.environ["GROUP_RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    dist.barrier()
+
+
+def one_still(ranks: Ranks, timeout_s: float) -> None:
+    """The last rank of a node of two stands still."""
+    dist.barrier()
+    if ranks.local_rank == 1:
+        stage("thinking")
+        time.sleep(timeout_s / 5)  # so that this stage is told
+        os.kill(os.getpid(), signal.SIGSTOP)
+    dist.barrier()
+
+
 def early(ranks: Ranks, timeout_s: float) -> None:
     """SIGTERM to a rank that waits for another one, while there is nothing to save."""
     if ranks.rank == ranks.world_size - 1:
@@ -102,7 +120,7 @@ def work() -> None:
     if scene == "missing" and os.environ["RANK"] != "0":
         block()
     with process_group(timeout_s) as ranks:
-        globals()[scene](ranks, timeout_s)
+        globals()[scene.replace(" ", "_")](ranks, timeout_s)
 
 
 if __name__ == "__main__":

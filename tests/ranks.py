@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import random
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -18,7 +20,8 @@ from triptych.launch.distributed import Ranks, quiet_the_stack
 
 TIMEOUT_SECONDS = 240
 PRELOADED = ["triptych.launch.trainer"]
-"""What nearly all ranks import, for seconds: once, in the process of which they are forks."""
+"""What nearly all ranks import, for seconds: once, in the process of which they are forks. They share the order of its sets, as ranks of
+torchrun do not: `make test-long` has them spawned."""
 
 
 def run_on_ranks(world_size: int, work: Callable[..., Any], *args: Any, timeout: float = TIMEOUT_SECONDS) -> list[Any]:
@@ -29,8 +32,9 @@ def run_on_ranks(world_size: int, work: Callable[..., Any], *args: Any, timeout:
     Raises:
         AssertionError: a rank failed (with its traceback), exited with a code, or took longer than `timeout` seconds.
     """
-    context = get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context: Any = get_context(os.environ.get("TRIPTYCH_TEST_RANKS", "forkserver"))
+    if context.get_start_method() == "forkserver":
+        context.set_forkserver_preload(PRELOADED)
     environ = dict(os.environ)
     with tempfile.TemporaryDirectory() as folder:
         processes = [context.Process(target=_rank, args=(rank, world_size, folder, environ, work, args)) for rank in range(world_size)]
@@ -53,6 +57,8 @@ def _rank(rank: int, world_size: int, folder: str, environ: dict[str, str], work
     try:
         os.environ.clear()  # a test's, not those with which the server was started
         os.environ.update(environ)
+        random.seed()
+        np.random.seed()
         quiet_the_stack()
         torch.set_num_threads(1)
         store = dist.FileStore(os.path.join(folder, "store"), world_size)

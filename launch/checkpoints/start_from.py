@@ -72,7 +72,7 @@ def _checkpoint_at_url(run: RunAtUrl, step: int | None) -> Path:
         raise InputError(f"checkpoint.start_from = '{run}': no checkpoint there; give a run, or one of its checkpoints/step_N")
     run.fetch("recipe.toml")
     run.fetch_fitted()
-    return run.fetch_manifest(run.chosen_step() if step is None else step)
+    return run.fetch_manifest(run.chosen_step(steps) if step is None else step)
 
 
 def _recipe_of(folder: Path) -> Recipe:

@@ -11,7 +11,7 @@ from types import FrameType, TracebackType
 
 _ROOT = Path(__file__).parents[2]
 _OWN = ("datasets/", "embeddings/", "mmoe/", "launch/")
-_WATCHING = "launch/faults/"
+_WATCHING = ("launch/faults/", "launch/nodes/bounded_store.py")
 _MOST_THREADS = 4
 
 

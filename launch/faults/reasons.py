@@ -81,7 +81,7 @@ def leave_reason(kind: Kind, message: str) -> None:
         message += f" (on {last_words.host()})"  # the only one that finds it wrong, maybe
     before = reason_of(failure_file, attempt() - 1) if failure_file else None
     # An error that comes back with the same words is no accident.
-    is_final = kind in ("input", "stopped") or (before is not None and (before.kind, before.message) == (kind, message))
+    is_final = kind in ("input", "stopped") or (before is not None and kind != "lost" and (before.kind, before.message) == (kind, message))
     reason = Reason(kind, message, rank, is_final, last_words.host(), current_stage().text)
     _leave(reason)
     last_words.tell(reason.as_json())

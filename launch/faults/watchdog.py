@@ -11,14 +11,14 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
 from ..nodes import last_words
-from ..nodes.bounded_store import BoundedStore, NoAnswer
+from ..nodes.bounded_store import BoundedStore
 from .places import is_in_collective, places_of_threads
 from .reasons import FAILURE, leave_reason
 from .stages import current_stage, last_progress
@@ -44,6 +44,8 @@ class Report(NamedTuple):
     is_in_collective: bool
     collectives: int
     """How many this rank has entered: others wait for the one with the fewest."""
+    node: str
+    """torchrun's number of it: several may be of one name."""
     host: str
     pid: int
     parent: int
@@ -95,8 +97,8 @@ class Watchdog:
     """Watches this rank and, through a store, the others, while the context is open.
 
     It ends the run when no rank has entered a stage for `timeout_s` seconds: a rank that waits for one that works is left alone. And, where
-    ranks are on several hosts, when those of another host give no sign of life for a sixth of it: a host that loses power tells nobody,
-    and who only waits for its messages would wait on.
+    ranks are on several nodes, when no rank of another node gave a sign of life for a sixth of it while this one waits: a host that loses
+    power tells nobody, and who only waits for its messages would wait on.
 
     Args:
         store: of these ranks alone; not used where there is one rank.
@@ -107,9 +109,12 @@ class Watchdog:
         self.seconds_between_beats = min(_MOST_SECONDS_BETWEEN_BEATS, timeout_s / 10)
         self.store = BoundedStore(dist.PrefixStore("watchdog", store), _SECONDS_TO_ANSWER) if self.others else None
         started, parent = _start_and_parent(os.getpid())
-        self.identity = {"host": socket.gethostname(), "pid": os.getpid(), "parent": parent, "started": started}
+        node = os.environ.get("GROUP_RANK", "0")
+        self.identity = {"node": node, "host": socket.gethostname(), "pid": os.getpid(), "parent": parent, "started": started}
         self.beat = 0
         self.floor = self.answered = time.monotonic()
+        self.came: set[int] = set()
+        """Other ranks that have reported at least once."""
         self.seen: dict[int, Seen] = {}
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -133,9 +138,10 @@ class Watchdog:
             own = self._own(now)
             self._publish(own)
             if own.seconds > 2 * seconds:
-                self._read(time.monotonic())
-                self._look_for_lost_hosts(time.monotonic())
-                self._look(own, time.monotonic())
+                now = time.monotonic()  # one for all: reading takes a while, and who was read has given a sign of life
+                self._read(now)
+                self._look_for_lost_nodes(now)
+                self._look(own, now)
             awake = time.monotonic()  # what the store takes to answer is not counted
         self._publish(self._own(time.monotonic())._replace(has_ended=True))
 
@@ -149,45 +155,50 @@ class Watchdog:
 
     def _publish(self, own: Report) -> None:
         if self.store is not None:
-            with self._answering():
+            with contextlib.suppress(RuntimeError):
                 self.store.set(str(self.rank), json.dumps(own))
+                self.store.check(str(self.rank))  # setting is not answered
+                self.answered = time.monotonic()
 
     def _read(self, now: float) -> None:
         """Take in the other ranks' reports; those that never came are left out."""
-        if self.store is not None:
-            with self._answering():
-                for rank in self.others:
-                    if self.store.check(str(rank)):
-                        report = Report(*json.loads(self.store.get(str(rank))))
-                        if rank not in self.seen or self.seen[rank].report.beat != report.beat:
-                            self.seen[rank] = Seen(report, now)
-
-    @contextlib.contextmanager
-    def _answering(self) -> Iterator[None]:
-        """Calls of the store. Without an answer what is left to watch is this rank."""
-        try:
-            yield
+        if self.store is None:
+            return
+        with contextlib.suppress(RuntimeError):
+            self.came |= {rank for rank in self.others if rank not in self.came and self.store.check(str(rank))}
+            ranks = sorted(self.came)
+            for rank, text in zip(ranks, self.store.multi_get([str(rank) for rank in ranks]) if ranks else [], strict=True):
+                report = Report(*json.loads(text))
+                if rank not in self.seen or self.seen[rank].report.beat != report.beat:
+                    self.seen[rank] = Seen(report, now)
             self.answered = time.monotonic()
-        except NoAnswer:
-            self.seen = {}
-        except RuntimeError:
-            self.store, self.seen = None, {}
+
+    def _silence_s(self, limit: float) -> float:
+        """After so long without a sign of life nobody is there."""
+        return max(limit * _LOST_AFTER, 3 * self.seconds_between_beats)
 
     def _limit(self) -> float:
         return self.timeout_s if asked_at() is None else min(self.timeout_s, GRACE_AFTER_SIGTERM_S)
 
-    def _look_for_lost_hosts(self, now: float) -> None:
-        """End the run if another host, or the store on one, gave no sign of life for too long."""
-        seconds = max(self.timeout_s * _LOST_AFTER, 3 * self.seconds_between_beats)
-        own_host, several = self.identity["host"], last_words.host() is not None
-        silent = {rank: seen for rank, seen in self.seen.items() if now - seen.at >= seconds and not seen.report.has_ended}
-        elsewhere = {rank: seen.report.host for rank, seen in silent.items() if seen.report.host != own_host}
-        if several and now - self.answered >= seconds:
-            found = f"the store where ranks met, on {os.environ.get('MASTER_ADDR')}, gave no answer"
-        elif several and elsewhere:
-            found = f"{last_words.named(elsewhere)} gave no sign of life"
-        else:
+    def _look_for_lost_nodes(self, now: float) -> None:
+        """End the run if another node, or the store on one, gave no sign of life for too long."""
+        if last_words.host() is None:
             return
+        seconds = self._silence_s(self.timeout_s)
+        if now - self.answered >= seconds:
+            self._end_lost(f"the store where ranks met, on {os.environ.get('MASTER_ADDR')}, gave no answer", seconds)
+        elif now > self.answered:
+            return  # who is silent is not known just now
+        nodes: dict[str, dict[int, Seen]] = {}
+        for rank, seen in self.seen.items():
+            if not seen.report.has_ended and seen.report.node != self.identity["node"]:
+                nodes.setdefault(seen.report.node, {})[rank] = seen
+        for ranks in nodes.values():
+            if all(now - seen.at >= seconds for seen in ranks.values()):
+                hosts = {rank: seen.report.host for rank, seen in ranks.items()}
+                self._end_lost(f"{last_words.named(hosts)} gave no sign of life", seconds)
+
+    def _end_lost(self, found: str, seconds: float) -> None:
         try:
             leave_reason("lost", f"{found} for {seconds:.0f} s: that host is lost, or the network to it")
         finally:
@@ -195,13 +206,17 @@ class Watchdog:
 
     def _look(self, own: Report, now: float) -> None:
         """End the run if no rank got on for too long."""
-        limit = self._limit()
-        watched = {self.rank: Seen(own, now)} | {rank: seen for rank, seen in self.seen.items() if not seen.report.has_ended}
+        limit, unanswered = self._limit(), bool(self.others) and now > self.answered
+        if unanswered and now - self.answered < self._silence_s(limit):
+            return  # others may get on
+        watched = {self.rank: Seen(own, now)}
+        if not unanswered:
+            watched |= {rank: seen for rank, seen in self.seen.items() if not seen.report.has_ended}
         if all(seen.seconds(now) >= limit for seen in watched.values()):
             silent_s = max(limit / 2, 3 * self.seconds_between_beats)  # others may not have been asked, and beat slower
             silent = {rank for rank, seen in watched.items() if now - seen.at >= silent_s}
             why = f"if that was work, raise train.timeout_s ({self.timeout_s:g})" if limit == self.timeout_s else "it was asked to stop"
-            if self.others and now - self.answered > 3 * self.seconds_between_beats:
+            if unanswered:
                 why = f"the store where ranks met, on {os.environ.get('MASTER_ADDR')}, does not answer: that node is gone, or the network"
             self._end(watched, silent, now, why)
 

@@ -68,24 +68,24 @@ class Attempts:
         return f"{cause}; restarting all ranks from the last checkpoint (restart {self.failed} of {self.restarts})"
 
     @property
-    def is_over(self) -> bool:
-        """Whether a rank has said why it ended, and no attempt is left, or it would be of no use."""
+    def left(self) -> tuple[Reason | None, bool]:
+        """What a rank of the present attempt said as it ended, and whether no attempt follows."""
         number = min(self.failed, self.restarts)
         reason = reason_of(self.failure_file, number)
-        return reason is not None and (reason.is_final or number == self.restarts)
+        return reason, reason is not None and (reason.is_final or number == self.restarts)
 
     @property
     def end(self) -> Reason | None:
         """Why the last attempt ended: as a rank of this node or another said it, or as torchrun reports it."""
         number = min(self.failed, self.restarts)
-        reason = reason_of(self.failure_file, number)
-        if reason is None and number > 0:  # no attempt came of it, as another node gave up before
+        reason, before = reason_of(self.failure_file, number), None
+        if reason is None and number > 0:  # maybe no attempt came of it: another node gave up before, or is gone
             before = reason_of(self.failure_file, number - 1)
             reason = before if before is not None and before.is_final else None
         if reason is not None and reason.kind != "lost":
             return reason
         killed = _KILLED.search("\n".join(self.tail))
         if killed is None:
-            return reason
+            return reason or before
         where = f"rank {killed['rank']}{on(self.host)}"
         return Reason("lost", f"{where} was killed by signal {killed['signal']} (out of memory?)", int(killed["rank"]))

@@ -2,41 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as TookTooLong
+from queue import SimpleQueue
 from typing import Any
 
 
-class NoAnswer(RuntimeError):
-    """None yet: whoever keeps the store may be gone, or the network for a while."""
-
-
 class BoundedStore:
-    """A client of its own of a TCPStore, whose calls raise NoAnswer after `seconds`, and any other RuntimeError where its keeper is gone.
+    """A client of its own of a TCPStore, whose calls raise RuntimeError after `seconds` without an answer, or if they fail.
 
     The store's timeout is of waiting for keys alone. Where the node that keeps it lost power, `check` and `get` of TCPStore were seen to
-    wait for as long as the kernel sends again, a quarter of an hour.
+    wait for as long as the kernel sends again, a quarter of an hour. After a failure the next call connects anew: a connection can be
+    lost where the store is not.
     """
 
     def __init__(self, store: Any, seconds: float) -> None:
-        self.store, self.seconds = store.clone(), seconds  # another thread's client would be held by it while it waits
-        self.caller = ThreadPoolExecutor(1, "store")
+        self.store, self.seconds = store, seconds
+        self.calls = SimpleQueue[tuple[Future[Any], str, tuple[Any, ...]]]()
+        # A daemon: the end of this process does not wait for an answer.
+        # Another thread's client would be held by it while it waits.
+        threading.Thread(target=self._serve, args=(store.clone(),), name="store", daemon=True).start()
 
-    def _call(self, function: Callable[..., Any], *args: Any) -> Any:
+    def _serve(self, client: Any) -> None:
+        while True:
+            future, name, args = self.calls.get()
+            try:
+                client = client or self.store.clone()
+                future.set_result(getattr(client, name)(*args))
+            except RuntimeError as error:
+                client = None
+                future.set_exception(error)
+
+    def _call(self, name: str, *args: Any) -> Any:
+        future = Future[Any]()
+        self.calls.put((future, name, args))
         try:
-            return self.caller.submit(function, *args).result(self.seconds)
+            return future.result(self.seconds)
         except TookTooLong as error:
-            raise NoAnswer(f"the store where ranks met gave no answer for {self.seconds:g} s") from error
+            raise RuntimeError(f"the store where ranks met gave no answer for {self.seconds:g} s") from error
 
     def set(self, key: str, value: str) -> None:
-        self._call(self.store.set, key, value)
+        self._call("set", key, value)
 
     def compare_set(self, key: str, expected: str, desired: str) -> None:
-        self._call(self.store.compare_set, key, expected, desired)
+        self._call("compare_set", key, expected, desired)
 
     def check(self, key: str) -> bool:
-        return bool(self._call(self.store.check, [key]))
+        return bool(self._call("check", [key]))
 
     def get(self, key: str) -> str:
-        return str(self._call(self.store.get, key).decode())
+        return str(self._call("get", key).decode())
+
+    def multi_get(self, keys: list[str]) -> list[str]:
+        """Of keys that are there."""
+        return [value.decode() for value in self._call("multi_get", keys)]

@@ -72,9 +72,9 @@ class RunAtUrl:
         sizes = self.remote.sizes([f"{CHECKPOINTS}/{step_name(step)}/{MANIFEST}" for step in found])
         return [step for step, size in zip(found, sizes, strict=True) if size is not None]
 
-    def chosen_step(self) -> int:
+    def chosen_step(self, steps: Sequence[int]) -> int:
         """Of its checkpoints, as the function of this name has it."""
-        return chosen_step(self.steps(), self.remote.read("result.json") or b"")
+        return chosen_step(steps, self.remote.read("result.json") or b"")
 
     def fetch(self, name: str) -> None:
         """Bring a file to this node; what is not there is not here afterwards."""
@@ -174,7 +174,7 @@ class Mirror:
 
     def fetch_chosen(self) -> Path:
         """The best checkpoint of a finished run, or the newest of one that goes on. Collective."""
-        return self.fetch(self._from_first(self.run.chosen_step))
+        return self.fetch(self._from_first(lambda: self.run.chosen_step(self.run.steps())))
 
     def _fetch_share(self, folder: Path) -> None:
         """This rank's of the files that its node lacks."""

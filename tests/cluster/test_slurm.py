@@ -104,5 +104,6 @@ def test_jobs_share_nodes(slurm: Slurm, recipe: Path, tmp_path: Path) -> None:
         submit(slurm, tmp_path / f"jobs_{number}", "train", recipe=recipe, run=tmp_path / f"run_{number}", set=f"train.epochs={epochs}")
         for number, epochs in enumerate((1, 6))
     ]
-    ends = [job.succeeds().slurm.user("sacct", "-n", "-X", "-j", job.id, "-o", "End").split()[0] for job in jobs]
-    assert ends[0] < ends[1]
+    times = [job.succeeds().slurm.user("sacct", "-n", "-X", "-j", job.id, "-o", "Start,End").split()[:2] for job in jobs]
+    (_, first_ended), (second_began, second_ended) = times
+    assert second_began < first_ended < second_ended

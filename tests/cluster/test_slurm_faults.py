@@ -89,7 +89,7 @@ def kill_all(slurm: Slurm) -> None:
 
 
 def power_off(slurm: Slurm) -> None:
-    """The node says nothing more, and is back at once: too soon for Slurm, so the rank that it leaves behind must find out."""
+    """The node says nothing more, and is back at once: too soon for Slurm. srun loses it, or the rank that it left behind finds out."""
     slurm.hosts["n2"].off()
     slurm.hosts.switch_on("n2")
     slurm.start_node("n2")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -50,6 +53,65 @@ def test_a_rank_whose_storage_does_not_answer_is_named_with_its_stage_and_place(
 def test_a_rank_that_works_longer_than_the_timeout_is_left_alone(scene: str, tmp_path: Path) -> None:
     ended = torchrun(tmp_path, scene, 2, timeout_s=6)
     assert ended.code == 0 and ended.reason is None, ended.out
+
+
+def two_nodes(folder: Path, *args: object) -> list[subprocess.Popen[str]]:
+    """torchrun twice, as on two nodes, with two ranks and one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"localhost:{probe.getsockname()[1]}"
+    started = []
+    for node, ranks in enumerate((2, 1)):
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", FAILURE_FILE: str(folder / f"failure_{node}.json")}
+        meeting = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-id", "run", "--rdzv-endpoint", endpoint]
+        command = [sys.executable, "-m", "torch.distributed.run", *meeting, "--nproc-per-node", str(ranks), "-m", "tests.hanging_rank"]
+        out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        started.append(subprocess.Popen([*command, *map(str, args)], cwd=ROOT, env=env, start_new_session=True, **out))  # type: ignore[call-overload]
+    return started
+
+
+def ended(nodes: list[subprocess.Popen[str]], timeout_s: float) -> list[str]:
+    """What those printed that ended in time; the others are killed."""
+    deadline = time.monotonic() + timeout_s
+    printed = []
+    try:
+        for node in nodes:
+            printed.append(node.communicate(timeout=max(1.0, deadline - time.monotonic()))[0])
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        for node in nodes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(node.pid, signal.SIGKILL)
+            node.wait()
+    return printed
+
+
+def test_over_two_nodes_a_rank_that_works_is_left_alone(tmp_path: Path) -> None:
+    nodes = two_nodes(tmp_path, "working", 6)
+    printed = ended(nodes, SECONDS_TO_START + 30)
+    assert [node.returncode for node in nodes] == [0, 0], printed
+
+
+def test_a_node_without_a_sign_of_life_is_lost(tmp_path: Path) -> None:
+    """Its ranks stand still, as when a host loses power. The others do not wait for the timeout."""
+    began = time.monotonic()
+    nodes = two_nodes(tmp_path, "still", 120)
+    (printed,) = ended(nodes[:1], SECONDS_TO_START + 60)
+    ended(nodes[1:], 0)
+    reason = reason_of(tmp_path / "failure_0.json", 0)
+    assert nodes[0].returncode == 1 and reason is not None and reason.kind == "lost" and not reason.is_final, printed
+    assert re.fullmatch(r"ranks? \d+(, \d+)? on \S+ gave no sign of life for 20 s: that host is lost, or the network to it", reason.message)
+    assert 20 < time.monotonic() - began < 120
+
+
+def test_one_rank_of_a_node_that_stands_still_is_no_lost_node(tmp_path: Path) -> None:
+    """It is named with its stage, as on one node."""
+    nodes = two_nodes(tmp_path, "one still", 30)
+    printed = ended(nodes, SECONDS_TO_START + 60)
+    reasons = [reason_of(tmp_path / f"failure_{node}.json", 0) for node in range(2)]
+    assert all(reason is not None and reason.kind == "hang" for reason in reasons), (reasons, printed)
+    assert all("without a sign of life, last in 'thinking'" in str(reason) for reason in reasons), reasons
 
 
 def test_one_rank_alone_is_watched_too(tmp_path: Path) -> None:

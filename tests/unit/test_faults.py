@@ -24,7 +24,7 @@ from triptych.launch.nodes.attempts import Attempts, is_for_the_user
 
 
 def report(collectives: int, in_collective: bool) -> Report:
-    return Report(1, 60.0, "training", "", in_collective, collectives, "host", 1, 1, "1")
+    return Report(1, 60.0, "training", "", in_collective, collectives, "0", "host", 1, 1, "1")
 
 
 WORLDS = st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=1, max_size=5)
@@ -232,7 +232,9 @@ def test_threads_beside_the_main_one_are_shown() -> None:
 
     thread = threading.Thread(target=Followed().follow, args=(lines(),), name="follower")
     thread.start()
-    began.wait()
-    assert "follower: launch/follow.py:" in places_of_threads()
-    go_on.set()
-    thread.join()
+    try:
+        began.wait()
+        assert "follower: launch/follow.py:" in places_of_threads()
+    finally:
+        go_on.set()
+        thread.join()

@@ -28,6 +28,7 @@ from .faults.stages import current_stage, stage
 from .faults.stop import listen
 from .faults.watchdog import Watchdog
 from .nodes import last_words
+from .nodes.bounded_store import is_asking
 from .nodes.early_words import Told
 from .nodes.interfaces import check_interfaces, choose_interface
 from .stack import has_cuda_kernels
@@ -179,7 +180,11 @@ def run_rank(work: Callable[[], None]) -> None:
             traceback.print_exc()
             leave_reason("failure", f"{type(error).__name__}: {error} ({_place(error)})")
     else:
-        return
+        if not is_asking():
+            return
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
     sys.stderr.flush()
     os._exit(FAILURE)
 

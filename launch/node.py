@@ -28,16 +28,15 @@ from .faults.reasons import EXIT_CODES, FAILURE, Reason, leave_end
 from .faults.start import end_with_parent
 from .nodes.attempts import Attempts, is_for_the_user
 from .nodes.last_words import on
-from .nodes.slurm import end_retries, option, with_port_of_job
+from .nodes.slurm import end_retries, with_port_of_job
+from .nodes.torchrun import is_there, option
 
 PREFIX = "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"
 PREFIXED = ("--tee", "3")
 """Without it torchrun would leave away what tells the ranks' lines apart."""
 RESTARTS = "PET_MAX_RESTARTS"
 SECONDS_WITHOUT_RANKS = 15.0
-"""After the last rank's end, until torchrun is ended too."""
-SECONDS_TO_MEET_AGAIN = 660.0
-"""The same, where ranks may be started again: torchrun waits 600 s for the other nodes, or longer where the place to meet is gone."""
+"""After the last rank's end, until torchrun is ended too, if no other ranks can follow."""
 _SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_FOR_LAST_LINES = 10.0
 """After torchrun's end, until lines that a process left behind may still write are given up."""
@@ -79,7 +78,7 @@ class Node:
         return self._end(code)
 
     def _wait(self, torchrun: subprocess.Popen[bytes]) -> int:
-        """Until it ends. Where the host of the rendezvous lost power, it waits for that host for minutes after its ranks have ended."""
+        """Until it ends. Where the host of the rendezvous lost power, it would wait for that host for minutes."""
         had_ranks, told = time.monotonic(), None
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -88,12 +87,18 @@ class Node:
             if reason is None or _has_children(torchrun.pid):
                 had_ranks = time.monotonic()
                 continue
-            seconds = time.monotonic() - had_ranks
-            if seconds > (SECONDS_WITHOUT_RANKS if is_over else SECONDS_TO_MEET_AGAIN):
+            if time.monotonic() - had_ranks <= SECONDS_WITHOUT_RANKS:
+                continue
+            if is_over or not self._can_meet_again():
                 torchrun.kill()
-            elif seconds > SECONDS_WITHOUT_RANKS and told != reason:
+            elif told != reason:
                 told = reason
                 _write(sys.stdout, f"{FROM_LAUNCHER}{reason}; waiting for all nodes to start their ranks again")
+
+    def _can_meet_again(self) -> bool:
+        """Whether torchrun can meet those of the other nodes: it does so at most 600 s later, or gives up."""
+        endpoint = option(self.args, "rdzv_endpoint")
+        return self.attempts.host is None or endpoint is None or is_there(endpoint)
 
     def _read(self, pipe: IO[bytes], out: TextIO, log: TextIO) -> None:
         """Pass a stream on, line by line, without what is not for the user."""
@@ -112,8 +117,8 @@ class Node:
         if end is None:
             end = self._end_without_words(code)
         elif end.kind == "stopped" and self.attempts.host is not None and not self.asked:
-            # As it does where it lost the other nodes, or the place where they met.
-            end = Reason("lost", f"{end}: nobody asked, but torchrun ended its ranks", end.rank)
+            # torchrun does so, too, where it lost the other nodes, or the place where they met.
+            end = Reason("lost", f"{end}; this node was not asked, but another one, or torchrun ended its ranks", end.rank)
         if end is not None and end.kind == "input":
             end_retries(self.args)
         if self.is_under_launcher:

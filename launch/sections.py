@@ -57,7 +57,7 @@ class TrainSection(Section):
     """Stop after this many evaluations in a row without a better `monitor`; 0: never. The best one is kept in any case."""
     timeout_s: PositiveInt = 1800
     """Seconds without progress on any rank after which the run is ended, naming who hangs; also how long ranks wait to find each other.
-    A sixth of it without a sign of life of another host, and that host is lost."""
+    After a sixth of it, at least 15 s, without a sign of life of another node, that node is lost."""
     monitor: str | None = None
     """Metric that says which evaluation is best, as in "ctr.auc"; the first task's AUC (XAUC for a duration), unless given."""
 

@@ -28,6 +28,8 @@ GRACE_AFTER_SIGTERM_S = 60.0
 """Without progress for so long after it was asked to stop, a run will not come to save."""
 _MOST_SECONDS_BETWEEN_BEATS = 5.0
 _SECONDS_TO_ANSWER = 5.0
+_MOST_SECONDS_ASKING = 4 * _SECONDS_TO_ANSWER
+"""In a round, of a store that gives no answer: who took longer stood still."""
 _LOST_AFTER = 1 / 6
 """Of the timeout, until a host without a sign of life is lost: 300 s of 1800, as schedulers allow a node."""
 _LISTED = 8
@@ -133,17 +135,24 @@ class Watchdog:
         while not self.over.wait(seconds := min(self.seconds_between_beats, self._limit() / 10)):
             now = time.monotonic()
             if now - awake > 4 * seconds:
-                # This process itself, or the machine, stood still: nobody could get on.
-                self.floor, self.answered, self.seen = now, now, {}
+                self._begin_anew(now)
             own = self._own(now)
             self._publish(own)
-            if own.seconds > 2 * seconds:
-                now = time.monotonic()  # one for all: reading takes a while, and who was read has given a sign of life
-                self._read(now)
-                self._look_for_lost_nodes(now)
-                self._look(own, now)
-            awake = time.monotonic()  # what the store takes to answer is not counted
+            is_waiting = own.seconds > 2 * seconds
+            looked_at = time.monotonic()  # one for all: reading takes a while, and who was read has given a sign of life
+            if is_waiting:
+                self._read(looked_at)
+            awake = time.monotonic()
+            if awake - now > _MOST_SECONDS_ASKING:
+                self._begin_anew(awake)
+            elif is_waiting:
+                self._look_for_lost_nodes(looked_at)
+                self._look(own, looked_at)
         self._publish(self._own(time.monotonic())._replace(has_ended=True))
+
+    def _begin_anew(self, now: float) -> None:
+        """After this process itself, or the machine, stood still: nobody could get on, and no answer came."""
+        self.floor, self.answered, self.seen = now, now, {}
 
     def _own(self, now: float) -> Report:
         self.beat += 1
@@ -200,7 +209,7 @@ class Watchdog:
 
     def _end_lost(self, found: str, seconds: float) -> None:
         try:
-            leave_reason("lost", f"{found} for {seconds:.0f} s: that host is lost, or the network to it")
+            leave_reason("lost", f"{found} for {seconds:.0f} s: that node is lost, or the network to it")
         finally:
             os._exit(FAILURE)
 

@@ -68,20 +68,25 @@ class Attempts:
         return f"{cause}; restarting all ranks from the last checkpoint (restart {self.failed} of {self.restarts})"
 
     @property
-    def left(self) -> tuple[Reason | None, bool]:
-        """What a rank of the present attempt said as it ended, and whether no attempt follows."""
+    def _reasons(self) -> tuple[Reason | None, Reason | None]:
+        """Of the present attempt, and of the one before."""
         number = min(self.failed, self.restarts)
-        reason = reason_of(self.failure_file, number)
-        return reason, reason is not None and (reason.is_final or number == self.restarts)
+        return reason_of(self.failure_file, number), reason_of(self.failure_file, number - 1) if number > 0 else None
+
+    @property
+    def left(self) -> tuple[Reason | None, bool]:
+        """What a rank said as it ended, in the present attempt or, if none did, the one before; and whether no attempt follows."""
+        reason, before = self._reasons
+        if reason is not None:
+            return reason, reason.is_final or self.failed >= self.restarts
+        return before, before is not None and before.is_final
 
     @property
     def end(self) -> Reason | None:
         """Why the last attempt ended: as a rank of this node or another said it, or as torchrun reports it."""
-        number = min(self.failed, self.restarts)
-        reason, before = reason_of(self.failure_file, number), None
-        if reason is None and number > 0:  # maybe no attempt came of it: another node gave up before, or is gone
-            before = reason_of(self.failure_file, number - 1)
-            reason = before if before is not None and before.is_final else None
+        reason, before = self._reasons
+        if reason is None and before is not None and before.is_final:  # no attempt came of it: another node gave up before
+            reason = before
         if reason is not None and reason.kind != "lost":
             return reason
         killed = _KILLED.search("\n".join(self.tail))

@@ -8,6 +8,14 @@ from concurrent.futures import TimeoutError as TookTooLong
 from queue import SimpleQueue
 from typing import Any
 
+_asking: set[int] = set()
+"""Threads that wait for an answer just now."""
+
+
+def is_asking() -> bool:
+    """Whether a store owes an answer. If it came while the interpreter ends, the thread that takes it would abort the process."""
+    return bool(_asking)
+
 
 class BoundedStore:
     """A client of its own of a TCPStore, whose calls raise RuntimeError after `seconds` without an answer, or if they fail.
@@ -27,12 +35,15 @@ class BoundedStore:
     def _serve(self, client: Any) -> None:
         while True:
             future, name, args = self.calls.get()
+            _asking.add(threading.get_ident())
             try:
                 client = client or self.store.clone()
                 future.set_result(getattr(client, name)(*args))
-            except RuntimeError as error:
+            except Exception as error:  # else nobody would serve from here on
                 client = None
                 future.set_exception(error)
+            finally:
+                _asking.discard(threading.get_ident())
 
     def _call(self, name: str, *args: Any) -> Any:
         future = Future[Any]()

@@ -7,19 +7,10 @@ import os
 import subprocess
 from collections.abc import Sequence
 
+from .torchrun import option
+
 PORT_OF_JOB = "--port-of-job"
 _FIRST_PORT, _PORTS_A_JOB = 20000, 10
-
-
-def option(args: Sequence[str], name: str) -> str | None:
-    """What torchrun is told with an option."""
-    for word, value in zip(args, [*args[1:], ""], strict=True):
-        given, _, inline = word.partition("=")
-        if given.startswith("--") and given[2:].replace("-", "_") == name:
-            return inline or value
-        if given in ("-m", "--module"):  # what follows are the ranks' arguments
-            return None
-    return None
 
 
 def with_port_of_job(args: Sequence[str]) -> list[str]:

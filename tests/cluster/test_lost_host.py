@@ -1,11 +1,14 @@
-"""A host that loses power tells nobody, and only the ranks watch it: those on the other host end in time, and say whom they lost."""
+"""Hosts that go. One that loses power tells nobody; only ranks watch it: those on the other host end in time, and say whom they lost."""
 
 from __future__ import annotations
 
+import re
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.cluster.hosts import Hosts
@@ -17,30 +20,91 @@ TIMEOUT_S = 90
 LOST_AFTER_S = TIMEOUT_S / 6
 
 
+def training(hosts: Hosts, tmp_path: Path, restarts: int = 0) -> tuple[Launch, Path]:
+    """Over both hosts, for longer than any test; and its metrics."""
+    recipe, run = write_log(tmp_path / "log", train_rows=1500), tmp_path / "run"
+    options = ["train.epochs=1000", "train.log_every=1", "checkpoint.every_steps=10", f"train.timeout_s={TIMEOUT_S}"]
+    args = ["--recipe", recipe, "--run-dir", run, *(word for option in options for word in ("--set", option))]
+    env = {"TMPDIR": str(tmp_path)}
+    return Launch([hosts["n1"], hosts["n2"]], 1, args, tmp_path / "logs", restarts=restarts, env=env), run / "metrics.jsonl"
+
+
+def steps(metrics: Path) -> int:
+    return metrics.read_text().count("\n") if metrics.exists() else 0
+
+
+def wait_until(holds: Callable[[], object], launch: Launch, timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, launch.log(0) + launch.log(1)
+        time.sleep(0.1)
+
+
 @pytest.mark.parametrize("lost", ["n1", pytest.param("n2", marks=pytest.mark.long)])
 def test_the_other_host_ends_and_names_it(two_hosts: Hosts, tmp_path: Path, lost: str, report: Callable[[str], None]) -> None:
     """Also where it kept the rendezvous, as n1 does, or the store."""
-    names = ["n1", "n2"]
-    recipe, run = write_log(tmp_path / "log", train_rows=1500), tmp_path / "run"
-    options = ["--set", "train.epochs=1000", "--set", "train.log_every=1", "--set", f"train.timeout_s={TIMEOUT_S}"]
-    args = ["--recipe", recipe, "--run-dir", run, *options]
-    with Launch([two_hosts[name] for name in names], 1, args, tmp_path / "logs", env={"TMPDIR": str(tmp_path)}) as launch:
-        deadline = time.monotonic() + 60
-        while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < 5:
-            assert time.monotonic() < deadline, launch.log(0)
-            time.sleep(0.1)
+    launch, metrics = training(two_hosts, tmp_path)
+    with launch:
+        wait_until(lambda: steps(metrics) >= 5, launch)
         two_hosts[lost].off()
         off = time.monotonic()
-        left = names.index(lost) ^ 1
+        left = ["n1", "n2"].index(lost) ^ 1
         code = launch.processes[left].wait(TIMEOUT_S)  # before a hanging run would be ended
         took = time.monotonic() - off
-    (start,) = starts(run)
+    (start,) = starts(metrics.parent)
     rank = {each["host"]: each["rank"] for each in start["ranks"]}[lost]
     last = launch.log(left).splitlines()[-1]
     silent = f"rank {rank} on {lost} gave no sign of life"
     no_store = f"the store where ranks met, on {two_hosts.addresses[lost]}, gave no answer"
     assert code == 1 and last in [
-        f"triptych: {who} for {LOST_AFTER_S:.0f} s: that host is lost, or the network to it" for who in (silent, no_store)
+        f"triptych: {who} for {LOST_AFTER_S:.0f} s: that node is lost, or the network to it" for who in (silent, no_store)
     ]
     assert took > LOST_AFTER_S
     report(f"{lost} without power, train.timeout_s={TIMEOUT_S}: the other host ended after {took:.0f} s")
+
+
+def test_with_restarts_it_may_come_back(two_hosts: Hosts, tmp_path: Path, report: Callable[[str], None]) -> None:
+    """As one that keeps no rendezvous may, though it kept the ranks' store: all go on from the last checkpoint."""
+    launch, metrics = training(two_hosts, tmp_path, restarts=1)
+    with launch:
+        wait_until(lambda: steps(metrics) >= 30, launch)
+        two_hosts["n2"].off()
+        off, before = time.monotonic(), steps(metrics)
+        wait_until(lambda: "restarting all ranks" in launch.log(0), launch)
+        two_hosts.switch_on("n2")
+        launch.add(two_hosts["n2"])
+        on = time.monotonic()
+        wait_until(lambda: steps(metrics) != before, launch, 120)
+        resumed, *_ = re.findall(r"resumed .*step_(\d+)", launch.log(0) + launch.log(2)) or ["nothing"]
+        report(
+            f"n2 without power, restarts 1: back after {on - off:.0f} s, and next step {time.monotonic() - on:.0f} s after; from {resumed}"
+        )
+        wait_until(lambda: steps(metrics) > before + 20, launch)
+
+
+@pytest.mark.long
+def test_with_restarts_nobody_waits_for_a_lost_rendezvous(two_hosts: Hosts, tmp_path: Path, report: Callable[[str], None]) -> None:
+    launch, metrics = training(two_hosts, tmp_path, restarts=1)
+    with launch:
+        wait_until(lambda: steps(metrics) >= 5, launch)
+        two_hosts["n1"].off()
+        off = time.monotonic()
+        assert launch.processes[1].wait(TIMEOUT_S) == 1
+        report(f"n1 without power, restarts 1: the other host ended after {time.monotonic() - off:.0f} s")
+    assert launch.log(1).splitlines()[-1].endswith("that node is lost, or the network to it")
+
+
+@pytest.mark.parametrize("restarts", [pytest.param(0, marks=pytest.mark.long), 1])
+def test_where_one_node_is_asked_to_stop_both_end(two_hosts: Hosts, tmp_path: Path, restarts: int) -> None:
+    """As when one pod is to go: the other node does not wait for it to come back."""
+    launch, metrics = training(two_hosts, tmp_path, restarts)
+    with launch:
+        wait_until(lambda: steps(metrics) >= 5, launch)
+        psutil.Process(launch.processes[1].pid).children()[0].send_signal(signal.SIGTERM)  # below the process that entered the host
+        other, asked = launch.ended(60)
+    saved = r"triptych: stopped at step \d+ as asked, and saved; go on with --resume"
+    assert asked.code == 143 and re.fullmatch(saved, asked.log.splitlines()[-1]), asked.log
+    last = other.log.splitlines()[-1]
+    assert other.code == 1 and re.fullmatch(saved + "; this node was not asked, but another one, or torchrun ended its ranks", last), (
+        other.log
+    )

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import pytest
 
 from tests.command import ROOT
@@ -93,6 +94,7 @@ def test_over_two_nodes_a_rank_that_works_is_left_alone(tmp_path: Path) -> None:
     assert [node.returncode for node in nodes] == [0, 0], printed
 
 
+@pytest.mark.long  # test_lost_host.py takes a host its power
 def test_a_node_without_a_sign_of_life_is_lost(tmp_path: Path) -> None:
     """Its ranks stand still, as when a host loses power. The others do not wait for the timeout."""
     began = time.monotonic()
@@ -101,7 +103,7 @@ def test_a_node_without_a_sign_of_life_is_lost(tmp_path: Path) -> None:
     ended(nodes[1:], 0)
     reason = reason_of(tmp_path / "failure_0.json", 0)
     assert nodes[0].returncode == 1 and reason is not None and reason.kind == "lost" and not reason.is_final, printed
-    assert re.fullmatch(r"ranks? \d+(, \d+)? on \S+ gave no sign of life for 20 s: that host is lost, or the network to it", reason.message)
+    assert re.fullmatch(r"ranks? \d+(, \d+)? on \S+ gave no sign of life for 20 s: that node is lost, or the network to it", reason.message)
     assert 20 < time.monotonic() - began < 120
 
 
@@ -148,3 +150,25 @@ def test_a_ranks_own_error_is_not_hidden_by_those_that_lost_it(tmp_path: Path) -
     assert "(datasets/ids.py:" in ended.reason.message and ended.reason.message.endswith(" string_codes)")
     assert "gloo" not in ended.out, ended.out
     assert "failed (exitcode: 1) local_rank: 1" in ended.out
+
+
+@pytest.mark.long
+def test_who_stood_still_counts_no_answer_of_that_time(tmp_path: Path) -> None:
+    """The node that keeps the store stops first and goes on last, as nodes of a machine that is suspended may."""
+    nodes = two_nodes(tmp_path, "working", 180)
+    try:
+        time.sleep(SECONDS_TO_START)
+        torchruns = [psutil.Process(node.pid) for node in nodes]
+        trees = [[torchrun, *torchrun.children(recursive=True)] for torchrun in torchruns]
+        keeps = [any(process.environ().get("RANK") == "0" for process in tree) for tree in trees]
+        keeper, other = trees[keeps.index(True)], trees[keeps.index(False)]
+        for tree, number, seconds in [
+            (keeper, signal.SIGSTOP, 5), (other, signal.SIGSTOP, 40), (other, signal.SIGCONT, 8), (keeper, signal.SIGCONT, 20),
+        ]:  # fmt: skip
+            for process in tree:
+                process.send_signal(number)
+            time.sleep(seconds)
+        assert all(process.is_running() for tree in trees for process in tree)
+        assert [reason_of(tmp_path / f"failure_{node}.json", 0) for node in range(2)] == [None, None]
+    finally:
+        ended(nodes, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from triptych.launch.console import FAILURE_FILE
 from triptych.launch.faults import meeting
 from triptych.launch.faults.places import place_of, places_of_threads
-from triptych.launch.faults.reasons import RankFailure, end_if_final, leave_reason, reason_of
+from triptych.launch.faults.reasons import Kind, RankFailure, end_if_final, leave_reason, reason_of
 from triptych.launch.faults.stages import stage
 from triptych.launch.faults.watchdog import Report, culprits
 from triptych.launch.follow import Followed
@@ -153,6 +154,45 @@ class TestRestartLines:
         monkeypatch.setenv(FAILURE_FILE, str(tmp_path / "failure.json"))
         leave_reason("input", "no such column")
         assert self.told(tmp_path, [self.FAILED.format(2, 0)], 3) == []
+
+
+class TestLeft:
+    """What the launcher goes by when it waits for torchrun, and no rank is there."""
+
+    @pytest.fixture
+    def leave(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Kind], None]:
+        monkeypatch.setenv(FAILURE_FILE, str(tmp_path / "failure.json"))
+
+        def leave(number: int, kind: Kind) -> None:
+            monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(number))
+            leave_reason(kind, f"{kind} {number}")
+
+        return leave
+
+    def attempts(self, tmp_path: Path, failed: int, restarts: int) -> Attempts:
+        return Attempts(str(tmp_path / "failure.json"), restarts, "n1", failed=failed)
+
+    def test_nothing_while_the_first_runs(self, tmp_path: Path) -> None:
+        assert self.attempts(tmp_path, 0, 1).left == (None, False)
+
+    @pytest.mark.parametrize(
+        ("kind", "restarts", "is_over"), [("lost", 0, True), ("lost", 1, False), ("stopped", 1, True), ("input", 3, True)]
+    )
+    @pytest.mark.parametrize("failed", [0, 1])
+    def test_no_attempt_follows_a_final_reason_or_the_last_attempt(
+        self, tmp_path: Path, leave: Callable[[int, Kind], None], kind: Kind, restarts: int, is_over: bool, failed: int
+    ) -> None:
+        """Before torchrun has logged its failure, and after."""
+        leave(0, kind)
+        reason, found = self.attempts(tmp_path, failed, restarts).left
+        assert reason is not None and (reason.message, found) == (f"{kind} 0", is_over)
+
+    def test_the_present_attempt_comes_first(self, tmp_path: Path, leave: Callable[[int, Kind], None]) -> None:
+        leave(0, "lost")
+        leave(1, "hang")
+        for failed in (1, 2):
+            reason, is_over = self.attempts(tmp_path, failed, 1).left
+            assert reason is not None and (reason.message, is_over) == ("hang 1", True)
 
 
 class TestLines:

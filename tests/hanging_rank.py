@@ -93,6 +93,19 @@ def one_still(ranks: Ranks, timeout_s: float) -> None:
     dist.barrier()
 
 
+def one_asked(ranks: Ranks, timeout_s: float) -> None:
+    """The last rank of a node of two is stuck. Who is alone on the other node is asked to stop, and so is the first to end."""
+    dist.barrier()
+    if ranks.local_rank == 1:
+        stage("thinking")
+        block()
+    if ranks.local_world_size == 1:
+        watchdog.GRACE_AFTER_SIGTERM_S = 3.0
+        StopRequest.of_this_process()
+        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    dist.barrier()
+
+
 def early(ranks: Ranks, timeout_s: float) -> None:
     """SIGTERM to a rank that waits for another one, while there is nothing to save."""
     if ranks.rank == ranks.world_size - 1:

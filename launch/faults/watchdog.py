@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from ..nodes import last_words
 from ..nodes.bounded_store import BoundedStore
 from .places import is_in_collective, places_of_threads
-from .reasons import FAILURE, leave_reason
+from .reasons import FAILURE, leave_reason, pass_on_reason
 from .stages import current_stage, last_progress
 from .stop import asked_at
 
@@ -30,6 +30,11 @@ _MOST_SECONDS_BETWEEN_BEATS = 5.0
 _SECONDS_TO_ANSWER = 5.0
 _MOST_SECONDS_ASKING = 4 * _SECONDS_TO_ANSWER
 """In a round, of a store that gives no answer: who took longer stood still."""
+_BEATS_OF_SILENCE = 3
+"""Of a rank that is there, at most."""
+_BEATS_TO_HEAR = 4
+"""Until ranks on other nodes have seen that this one has said why it ends, at most."""
+_SECONDS_BETWEEN_LOOKS = 0.5
 _LOST_AFTER = 1 / 6
 """Of the timeout, until a host without a sign of life is lost: 300 s of 1800, as schedulers allow a node."""
 _LISTED = 8
@@ -54,6 +59,8 @@ class Report(NamedTuple):
     started: str
     """When the process did, in the kernel's words: a pid may be given anew."""
     has_ended: bool = False
+    has_said: bool = False
+    """Why all must end; it waits for the ranks on other nodes to say so too."""
 
     def described(self, rank: int, seconds: float, is_silent: bool) -> str:
         silent = "without a sign of life, last " if is_silent else ""
@@ -146,6 +153,7 @@ class Watchdog:
             if awake - now > _MOST_SECONDS_ASKING:
                 self._begin_anew(awake)
             elif is_waiting:
+                self._look_for_words(looked_at)
                 self._look_for_lost_nodes(looked_at)
                 self._look(own, looked_at)
         self._publish(self._own(time.monotonic())._replace(has_ended=True))
@@ -184,7 +192,7 @@ class Watchdog:
 
     def _silence_s(self, limit: float) -> float:
         """After so long without a sign of life nobody is there."""
-        return max(limit * _LOST_AFTER, 3 * self.seconds_between_beats)
+        return max(limit * _LOST_AFTER, _BEATS_OF_SILENCE * self.seconds_between_beats)
 
     def _limit(self) -> float:
         return self.timeout_s if asked_at() is None else min(self.timeout_s, GRACE_AFTER_SIGTERM_S)
@@ -195,7 +203,7 @@ class Watchdog:
             return
         seconds = self._silence_s(self.timeout_s)
         if now - self.answered >= seconds:
-            self._end_lost(f"the store where ranks met, on {os.environ.get('MASTER_ADDR')}, gave no answer", seconds)
+            self._end_lost(f"the store where ranks met, on {os.environ.get('MASTER_ADDR')}, gave no answer", seconds, now)
         elif now > self.answered:
             return  # who is silent is not known just now
         nodes: dict[str, dict[int, Seen]] = {}
@@ -205,13 +213,10 @@ class Watchdog:
         for ranks in nodes.values():
             if all(now - seen.at >= seconds for seen in ranks.values()):
                 hosts = {rank: seen.report.host for rank, seen in ranks.items()}
-                self._end_lost(f"{last_words.named(hosts)} gave no sign of life", seconds)
+                self._end_lost(f"{last_words.named(hosts)} gave no sign of life", seconds, now)
 
-    def _end_lost(self, found: str, seconds: float) -> None:
-        try:
-            leave_reason("lost", f"{found} for {seconds:.0f} s: that node is lost, or the network to it")
-        finally:
-            os._exit(FAILURE)
+    def _end_lost(self, found: str, seconds: float, now: float) -> None:
+        self._end(lambda: leave_reason("lost", f"{found} for {seconds:.0f} s: that node is lost, or the network to it"), now)
 
     def _look(self, own: Report, now: float) -> None:
         """End the run if no rank got on for too long."""
@@ -222,28 +227,60 @@ class Watchdog:
         if not unanswered:
             watched |= {rank: seen for rank, seen in self.seen.items() if not seen.report.has_ended}
         if all(seen.seconds(now) >= limit for seen in watched.values()):
-            silent_s = max(limit / 2, 3 * self.seconds_between_beats)  # others may not have been asked, and beat slower
-            silent = {rank for rank, seen in watched.items() if now - seen.at >= silent_s}
+            silent = {rank for rank, seen in watched.items() if now - seen.at >= self._silent_after_s()}
             why = f"if that was work, raise train.timeout_s ({self.timeout_s:g})" if limit == self.timeout_s else "it was asked to stop"
             if unanswered:
                 why = f"the store where ranks met, on {os.environ.get('MASTER_ADDR')}, does not answer: that node is gone, or the network"
-            self._end(watched, silent, now, why)
+            self._end(lambda: self._leave_hang(watched, silent, now, why), now)
 
-    def _end(self, watched: Mapping[int, Seen], silent: set[int], now: float, why: str) -> None:
+    def _silent_after_s(self) -> float:
+        """Others may not have been asked to stop, and beat slower."""
+        return max(self._limit() / 2, _BEATS_OF_SILENCE * self.seconds_between_beats)
+
+    def _leave_hang(self, watched: Mapping[int, Seen], silent: set[int], now: float, why: str) -> None:
         found = culprits({rank: seen.report for rank, seen in watched.items()}, silent)
         described = [watched[rank].report.described(rank, watched[rank].seconds(now), rank in silent) for rank in found[:_LISTED]]
         more = [f"and {len(found) - _LISTED} more"] if len(found) > _LISTED else []
+        leave_reason("hang", "; ".join([*described, *more, why]))
+        if self.rank in found:
+            faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+
+    def _look_for_words(self, now: float) -> None:
+        """End the run if a rank has said that all must end. This one may wait for another, and not see that the one who said it is gone."""
+        if any(seen.report.has_said for seen in self.seen.values()):
+            self._end(lambda: pass_on_reason(_SECONDS_TO_ANSWER), now)
+
+    def _end(self, say_why: Callable[[], None], now: float) -> None:
         try:
-            leave_reason("hang", "; ".join([*described, *more, why]))
-            for rank in silent:
-                self._kill(watched[rank].report)
-            if self.rank in found:
-                faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+            say_why()
+            if now <= self.answered:
+                self._wait_for_other_nodes()
+                self._kill_silent()
         finally:
             os._exit(FAILURE)
 
+    def _wait_for_other_nodes(self) -> None:
+        """Until one rank of each has said why too. The place where nodes meet may go with this node: torchrun would end theirs unheard."""
+        began = time.monotonic()
+        while last_words.host() is not None and time.monotonic() - began < _BEATS_TO_HEAR * self.seconds_between_beats:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+            now = time.monotonic()
+            self._publish(self._own(now)._replace(has_said=True))
+            self._read(now)
+            alive_after = now - _BEATS_OF_SILENCE * self.seconds_between_beats
+            alive = [seen.report for seen in self.seen.values() if seen.at > alive_after and not seen.report.has_ended]
+            said = {seen.report.node for seen in self.seen.values() if seen.report.has_said}
+            if now > self.answered or {report.node for report in alive} <= {self.identity["node"], *said}:
+                return
+
+    def _kill_silent(self) -> None:
+        """Of the ranks of the same torchrun: who cannot end itself, nor hear SIGTERM."""
+        now = time.monotonic()
+        for seen in self.seen.values():
+            if now - seen.at >= self._silent_after_s():
+                self._kill(seen.report)
+
     def _kill(self, report: Report) -> None:
-        """End a rank that cannot end itself, nor hear SIGTERM, if it is a child of the same torchrun."""
         if (report.host, report.parent) != (self.identity["host"], self.identity["parent"]):
             return
         with contextlib.suppress(OSError):

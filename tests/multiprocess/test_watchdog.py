@@ -20,6 +20,7 @@ from tests.command import ROOT
 from tests.small import write_log
 from triptych.launch.console import FAILURE_FILE
 from triptych.launch.faults.reasons import Reason, reason_of
+from triptych.launch.nodes.torchrun import is_there
 
 SECONDS_TO_START = 60
 """Imports of two ranks on a busy machine."""
@@ -56,19 +57,22 @@ def test_a_rank_that_works_longer_than_the_timeout_is_left_alone(scene: str, tmp
     assert ended.code == 0 and ended.reason is None, ended.out
 
 
-def two_nodes(folder: Path, *args: object) -> list[subprocess.Popen[str]]:
-    """torchrun twice, as on two nodes, with two ranks and one."""
+def two_nodes(folder: Path, *args: object, meet_on: int = 0) -> list[subprocess.Popen[str]]:
+    """torchrun twice, as on two nodes, with two ranks and one. They meet on the first, or the second."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         endpoint = f"localhost:{probe.getsockname()[1]}"
-    started = []
-    for node, ranks in enumerate((2, 1)):
+    started: dict[int, subprocess.Popen[str]] = {}
+    for node in (meet_on, 1 - meet_on):
+        ranks = (2, 1)[node]
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", FAILURE_FILE: str(folder / f"failure_{node}.json")}
         meeting = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-id", "run", "--rdzv-endpoint", endpoint]
         command = [sys.executable, "-m", "torch.distributed.run", *meeting, "--nproc-per-node", str(ranks), "-m", "tests.hanging_rank"]
         out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        started.append(subprocess.Popen([*command, *map(str, args)], cwd=ROOT, env=env, start_new_session=True, **out))  # type: ignore[call-overload]
-    return started
+        started[node] = subprocess.Popen([*command, *map(str, args)], cwd=ROOT, env=env, start_new_session=True, **out)  # type: ignore[call-overload]
+        while started[node].poll() is None and not is_there(endpoint):
+            time.sleep(0.1)
+    return [started[0], started[1]]
 
 
 def ended(nodes: list[subprocess.Popen[str]], timeout_s: float) -> list[str]:
@@ -114,6 +118,15 @@ def test_one_rank_of_a_node_that_stands_still_is_no_lost_node(tmp_path: Path) ->
     reasons = [reason_of(tmp_path / f"failure_{node}.json", 0) for node in range(2)]
     assert all(reason is not None and reason.kind == "hang" for reason in reasons), (reasons, printed)
     assert all("without a sign of life, last in 'thinking'" in str(reason) for reason in reasons), reasons
+
+
+def test_the_other_node_says_it_too_where_nodes_meet_on_the_one_that_finds_it(tmp_path: Path) -> None:
+    """Its torchrun takes the place where they meet with it: the other would end its ranks at once."""
+    nodes = two_nodes(tmp_path, "one asked", 100, meet_on=1)
+    printed = ended(nodes, SECONDS_TO_START + 30)
+    reasons = [reason_of(tmp_path / f"failure_{node}.json", 0) for node in range(2)]
+    assert all(reason is not None and reason.kind == "hang" for reason in reasons), (reasons, printed)
+    assert all(re.search("rank 2 on .* hangs: .* in 'thinking'.*it was asked to stop", str(reason)) for reason in reasons), reasons
 
 
 def test_one_rank_alone_is_watched_too(tmp_path: Path) -> None:

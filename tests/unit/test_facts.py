@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import signal
 import subprocess
 import sys
-import time
-from datetime import timedelta
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
 from tests.command import ROOT
 from triptych.datasets.schema import InputError
-from triptych.launch.nodes.bounded_store import BoundedStore
 from triptych.launch.nodes.facts import REVISION, cpu_model, is_of_this_job, revision, starts, versions
 
 
@@ -61,31 +54,6 @@ def test_a_damaged_run_json_is_named_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text('{"starts": [')
     with pytest.raises(InputError, match=r"run\.json: cannot be read"):
         starts(tmp_path)
-
-
-def keep_store(tell: Connection) -> None:
-    store = dist.TCPStore("localhost", 0, is_master=True)
-    tell.send(store.port)
-    time.sleep(600)
-
-
-def test_a_store_that_stops_to_answer_is_given_up() -> None:
-    told, tell = multiprocessing.get_context("spawn").Pipe(duplex=False)
-    keeper = multiprocessing.get_context("spawn").Process(target=keep_store, args=(tell,), daemon=True)
-    keeper.start()
-    try:
-        store = BoundedStore(dist.PrefixStore("a", dist.TCPStore("localhost", told.recv(), timeout=timedelta(seconds=30))), 1.0)
-        store.set("key", "value")
-        store.compare_set("key", "", "other")
-        assert store.check("key") and not store.check("none") and store.get("key") == "value"
-        os.kill(keeper.pid or 0, signal.SIGSTOP)
-        began = time.monotonic()
-        with pytest.raises(RuntimeError, match="no answer"):
-            store.check("key")
-        assert time.monotonic() - began < 10
-    finally:
-        keeper.kill()
-        keeper.join()
 
 
 def test_warnings_are_one_line_with_the_stage() -> None:

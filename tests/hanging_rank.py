@@ -102,7 +102,7 @@ def one_asked(ranks: Ranks, timeout_s: float) -> None:
     if ranks.local_world_size == 1:
         watchdog.GRACE_AFTER_SIGTERM_S = 3.0
         StopRequest.of_this_process()
-        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        threading.Timer(timeout_s / 5, os.kill, (os.getpid(), signal.SIGTERM)).start()  # then that stage is told
     dist.barrier()
 
 

@@ -35,6 +35,8 @@ _BEATS_OF_SILENCE = 3
 _BEATS_TO_HEAR = 4
 """Until ranks on other nodes have seen that this one has said why it ends, at most."""
 _SECONDS_BETWEEN_LOOKS = 0.5
+_SECONDS_BEHIND = 2 * _SECONDS_BETWEEN_LOOKS
+"""Until they have also seen that all have said it: ranks of all nodes end at about the same time."""
 _LOST_AFTER = 1 / 6
 """Of the timeout, until a host without a sign of life is lost: 300 s of 1800, as schedulers allow a node."""
 _LISTED = 8
@@ -254,15 +256,18 @@ class Watchdog:
         try:
             say_why()
             if now <= self.answered:
-                self._wait_for_other_nodes()
+                has_others = last_words.host() is not None
+                if has_others:
+                    self._wait_for_other_nodes()
                 self._kill_silent()
+                time.sleep(_SECONDS_BEHIND if has_others else 0.0)
         finally:
             os._exit(FAILURE)
 
     def _wait_for_other_nodes(self) -> None:
         """Until one rank of each has said why too. The place where nodes meet may go with this node: torchrun would end theirs unheard."""
         began = time.monotonic()
-        while last_words.host() is not None and time.monotonic() - began < _BEATS_TO_HEAR * self.seconds_between_beats:
+        while time.monotonic() - began < _BEATS_TO_HEAR * self.seconds_between_beats:
             time.sleep(_SECONDS_BETWEEN_LOOKS)
             now = time.monotonic()
             self._publish(self._own(now)._replace(has_said=True))
@@ -275,9 +280,8 @@ class Watchdog:
 
     def _kill_silent(self) -> None:
         """Of the ranks of the same torchrun: who cannot end itself, nor hear SIGTERM."""
-        now = time.monotonic()
         for seen in self.seen.values():
-            if now - seen.at >= self._silent_after_s():
+            if not seen.report.has_ended and self.answered - seen.at >= self._silent_after_s():
                 self._kill(seen.report)
 
     def _kill(self, report: Report) -> None:

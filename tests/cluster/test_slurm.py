@@ -98,6 +98,7 @@ def test_a_finished_run_is_left_alone(slurm: Slurm, recipe: Path, here: Path, tm
     assert {path: path.read_bytes() for path in before} == before
 
 
+@pytest.mark.long  # test_port_of_job.py has the ports
 def test_jobs_share_nodes(slurm: Slurm, recipe: Path, tmp_path: Path) -> None:
     """The first one's end leaves the other alone."""
     jobs = [

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,13 @@ from tests.cluster.hosts import Host
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 120
+SECONDS_TO_REACH = 60
 PORT = 29500
+
+
+def num_lines(path: Path) -> int:
+    """Of a file that may not be there yet."""
+    return path.read_text().count("\n") if path.exists() else 0
 
 
 class Ended(NamedTuple):
@@ -78,6 +84,17 @@ class Launch:
 
     def _log(self, number: int) -> Path:
         return self.logs / f"{number}.log"
+
+    def wait_until(self, is_so: Callable[[], bool], timeout_s: float = SECONDS_TO_REACH, *, numbers: Sequence[int] | None = None) -> None:
+        """Fails if that takes longer, or if a launcher fails meanwhile: any, or one of these numbers."""
+        watched = self.processes if numbers is None else [self.processes[number] for number in numbers]
+        deadline = time.monotonic() + timeout_s
+        while not is_so():
+            in_time = time.monotonic() < deadline
+            assert in_time and all(process.poll() in (None, 0) for process in watched), [
+                self.log(number)[-3000:] for number in range(len(self.processes))
+            ]
+            time.sleep(0.02)
 
     def ended(self, timeout_s: float = TIMEOUT_S) -> list[Ended]:
         """Of each host. Raises TimeoutExpired if one still runs."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.hosts import NETWORK, Host, Hosts
-from tests.cluster.launches import Launch
+from tests.cluster.launches import Launch, num_lines
 from tests.faults.campaign import Campaign, assert_equal_runs
 from tests.small import write_log
 
@@ -97,7 +97,7 @@ def test_a_killed_rank_of_another_host(hosts: Hosts, recipe: Path, on_one: Path,
     both, env = [hosts["n1"], hosts["n2"]], {"LEDGERS": str(tmp_path)}
     args = args_of(recipe, tmp_path / "run")
     with Launch(both, 1, args, tmp_path / "logs", module="tests.cluster.rank", restarts=1, env=env) as launch:
-        reach(launch, tmp_path / "ledger.00.00.0.jsonl", 8)
+        launch.wait_until(lambda: num_lines(tmp_path / "ledger.00.00.0.jsonl") > 8)
         (rank,) = hosts["n2"].run("pgrep", "-f", "python[0-9.]* -u -m tests.cluster.rank").split()
         killed = time.time()
         hosts["n2"].run("kill", "-KILL", rank)
@@ -106,11 +106,3 @@ def test_a_killed_rank_of_another_host(hosts: Hosts, recipe: Path, on_one: Path,
     report(f"SIGKILL of a rank on another host: next step {again[1]['time'] - killed:.0f} s after")
     Campaign(tmp_path, recipe, SETTINGS, [], on_one, global_batch=2 * 64).check_rows()
     assert_equal_runs(tmp_path / "run", on_one)
-
-
-def reach(launch: Launch, ledger: Path, step: int) -> None:
-    """Wait until the first rank trained a step."""
-    deadline = time.monotonic() + 60
-    while not ledger.exists() or ledger.read_text().count("\n") <= step:
-        assert time.monotonic() < deadline and all(process.poll() is None for process in launch.processes), launch.log(0)[-3000:]
-        time.sleep(0.02)

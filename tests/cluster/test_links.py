@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.hosts import Host, Hosts
-from tests.cluster.launches import Launch
+from tests.cluster.launches import Launch, num_lines
 from tests.faults.campaign import assert_equal_runs
 from tests.small import write_log
 
@@ -78,20 +78,13 @@ def test_a_wire_that_is_pulled_for_some_seconds(
 ) -> None:
     with launch(both, recipe, tmp_path / "run") as launched:
         metrics = tmp_path / "run" / "metrics.jsonl"
-        wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2, launched)
+        launched.wait_until(lambda: num_lines(metrics) >= 2)
         two_hosts.wire("n2", "down")
         time.sleep(PULLED_S)
         held, mended = metrics.read_text(), time.monotonic()
         assert not (tmp_path / "run" / "result.json").exists()
         two_hosts.wire("n2", "up")
-        wait_for(lambda: metrics.read_text() != held, launched)
+        launched.wait_until(lambda: metrics.read_text() != held)
         report(f"wire pulled for {PULLED_S} s: went on {time.monotonic() - mended:.1f} s after")
         launched.succeeds()
     assert_equal_runs(tmp_path / "run", undisturbed)
-
-
-def wait_for(is_so: Callable[[], bool], launched: Launch) -> None:
-    deadline = time.monotonic() + 60
-    while not is_so():
-        assert time.monotonic() < deadline and all(process.poll() in (None, 0) for process in launched.processes), launched.log(0)[-3000:]
-        time.sleep(0.02)

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from tests.cluster.hosts import Hosts
-from tests.cluster.launches import Launch
+from tests.cluster.launches import Launch, num_lines
 from tests.small import write_log
 from triptych.launch.nodes.facts import starts
 
@@ -29,15 +29,14 @@ def training(hosts: Hosts, tmp_path: Path, restarts: int = 0) -> tuple[Launch, P
     return Launch([hosts["n1"], hosts["n2"]], 1, args, tmp_path / "logs", restarts=restarts, env=env), run / "metrics.jsonl"
 
 
-def steps(metrics: Path) -> int:
-    return metrics.read_text().count("\n") if metrics.exists() else 0
-
-
-def wait_until(holds: Callable[[], object], launch: Launch, timeout_s: float = 60) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline, launch.log(0) + launch.log(1)
-        time.sleep(0.1)
+def without_power(lost: str, hosts: Hosts, launch: Launch, metrics: Path) -> tuple[int, str, float]:
+    """Take it from a host of two; returns the other launcher's exit code and last line, and after how many seconds it ended."""
+    launch.wait_until(lambda: num_lines(metrics) >= 5)
+    hosts[lost].off()
+    off = time.monotonic()
+    left = ["n1", "n2"].index(lost) ^ 1
+    code = launch.processes[left].wait(TIMEOUT_S)  # before a hanging run would be ended
+    return code, launch.log(left).splitlines()[-1], time.monotonic() - off
 
 
 @pytest.mark.parametrize("lost", ["n1", pytest.param("n2", marks=pytest.mark.long)])
@@ -45,15 +44,9 @@ def test_the_other_host_ends_and_names_it(two_hosts: Hosts, tmp_path: Path, lost
     """Also where it kept the rendezvous, as n1 does, or the store."""
     launch, metrics = training(two_hosts, tmp_path)
     with launch:
-        wait_until(lambda: steps(metrics) >= 5, launch)
-        two_hosts[lost].off()
-        off = time.monotonic()
-        left = ["n1", "n2"].index(lost) ^ 1
-        code = launch.processes[left].wait(TIMEOUT_S)  # before a hanging run would be ended
-        took = time.monotonic() - off
+        code, last, took = without_power(lost, two_hosts, launch, metrics)
     (start,) = starts(metrics.parent)
     rank = {each["host"]: each["rank"] for each in start["ranks"]}[lost]
-    last = launch.log(left).splitlines()[-1]
     silent = f"rank {rank} on {lost} gave no sign of life"
     no_store = f"the store where ranks met, on {two_hosts.addresses[lost]}, gave no answer"
     assert code == 1 and last in [
@@ -68,16 +61,16 @@ def test_with_restarts_it_may_come_back(two_hosts: Hosts, tmp_path: Path, report
     """As one that keeps no rendezvous may, though it kept the ranks' store: all go on from the last checkpoint."""
     launch, metrics = training(two_hosts, tmp_path, restarts=1)
     with launch:
-        wait_until(lambda: steps(metrics) >= 30, launch)
+        launch.wait_until(lambda: num_lines(metrics) >= 30)
         two_hosts["n2"].off()
-        off, before = time.monotonic(), steps(metrics)
-        wait_until(lambda: "restarting all ranks" in launch.log(0), launch)
+        off, before = time.monotonic(), num_lines(metrics)
+        launch.wait_until(lambda: "restarting all ranks" in launch.log(0), numbers=[0])
         two_hosts.switch_on("n2")
         launch.add(two_hosts["n2"])
         on = time.monotonic()
-        wait_until(lambda: steps(metrics) != before, launch, 120)
+        launch.wait_until(lambda: num_lines(metrics) != before, 120, numbers=[0, 2])
         next_step = time.monotonic()
-        wait_until(lambda: steps(metrics) > before + 20, launch)
+        launch.wait_until(lambda: num_lines(metrics) > before + 20, numbers=[0, 2])
     (resumed,) = re.findall(r"resumed .*step_(\d+)", launch.log(0) + launch.log(2))
     report(f"n2 without power, restarts 1: back after {on - off:.0f} s, next step {next_step - on:.0f} s after, from step {resumed}")
 
@@ -86,12 +79,9 @@ def test_with_restarts_it_may_come_back(two_hosts: Hosts, tmp_path: Path, report
 def test_with_restarts_nobody_waits_for_a_lost_rendezvous(two_hosts: Hosts, tmp_path: Path, report: Callable[[str], None]) -> None:
     launch, metrics = training(two_hosts, tmp_path, restarts=1)
     with launch:
-        wait_until(lambda: steps(metrics) >= 5, launch)
-        two_hosts["n1"].off()
-        off = time.monotonic()
-        assert launch.processes[1].wait(TIMEOUT_S) == 1
-        report(f"n1 without power, restarts 1: the other host ended after {time.monotonic() - off:.0f} s")
-    assert launch.log(1).splitlines()[-1].endswith("that node is lost, or the network to it")
+        code, last, took = without_power("n1", two_hosts, launch, metrics)
+    assert code == 1 and last.endswith("that node is lost, or the network to it"), last
+    report(f"n1 without power, restarts 1: the other host ended after {took:.0f} s")
 
 
 @pytest.mark.parametrize("restarts", [pytest.param(0, marks=pytest.mark.long), 1])
@@ -99,7 +89,7 @@ def test_where_one_node_is_asked_to_stop_both_end(two_hosts: Hosts, tmp_path: Pa
     """As when one pod is to go: the other node does not wait for it to come back."""
     launch, metrics = training(two_hosts, tmp_path, restarts)
     with launch:
-        wait_until(lambda: steps(metrics) >= 5, launch)
+        launch.wait_until(lambda: num_lines(metrics) >= 5)
         psutil.Process(launch.processes[1].pid).children()[0].send_signal(signal.SIGTERM)  # below the process that entered the host
         other, asked = launch.ended(60)
     saved = r"triptych: stopped at step \d+ as asked, and saved; go on with --resume"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.hosts import Hosts
-from tests.cluster.launches import Ended, Launch
+from tests.cluster.launches import Ended, Launch, num_lines
 from tests.small import write_log
 from triptych.launch.nodes.facts import starts
 
@@ -54,10 +53,7 @@ def test_a_killed_rank_is_named_on_both(hosts: Hosts, tmp_path: Path, host: str)
     recipe, run = write_log(tmp_path / "log", train_rows=1500), tmp_path / "run"
     options = ["--recipe", recipe, "--run-dir", run, "--set", "train.epochs=300", "--set", "train.log_every=1"]
     with nodes(hosts, tmp_path, "triptych.launch.train", *options) as launch:
-        deadline = time.monotonic() + 120
-        while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < 3:
-            assert time.monotonic() < deadline and launch.processes[0].poll() is None, launch.log(0)
-            time.sleep(0.1)
+        launch.wait_until(lambda: num_lines(run / "metrics.jsonl") >= 3, 120)
         (start,) = starts(run)
         assert start["nodes"] == 2
         victim = {rank["host"]: rank for rank in start["ranks"]}[host]
